@@ -1,0 +1,20 @@
+"""The one way in which the project compiles: nopython, GIL released, machine code cached on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numba
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def kernel(function: Function) -> Function:
+    """Compile `function` with numba: nopython, nogil, disk cache, strict IEEE arithmetic.
+
+    `fastmath` stays off (the rasterizer's error bounds need IEEE rounding) and so does
+    `parallel` (its thread pool dies on fork and on two calling threads).
+    """
+    compiled: Function = numba.njit(nogil=True, cache=True)(function)
+    return compiled
