@@ -321,7 +321,8 @@ class ScanOptions:
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
     """How a cohort is converted. Only `rule`, `contour_origin`, `codec`, `keep_identity` and
-    `checks` change the output."""
+    `checks` change the output.
+    """
 
     rule: str = "center"
     contour_origin: float = 0.0
