@@ -1,4 +1,4 @@
-"""The exceptions of the project: a broken slice is a value, everything below is the end of a run."""
+"""The exceptions of the project: a broken slice is a value, these are the end of a run."""
 
 
 class ParallelDicomSegError(Exception):

@@ -1,4 +1,4 @@
-"""The one way in which the project compiles: nopython, GIL released, machine code cached on disk."""
+"""The one way in which the project compiles: nopython, GIL released, cached on disk."""
 
 from __future__ import annotations
 

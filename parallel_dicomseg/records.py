@@ -58,7 +58,7 @@ class Problem:
     """Relative to the cohort's root, with '/' between the parts."""
     reason: Reason
     detail: str
-    """What is wrong, with the tag and both numbers where there are any. Carries no patient identity."""
+    """What is wrong, with the tag and both numbers where there are any; no patient identity."""
 
     @property
     def is_rejection(self) -> bool:
@@ -79,7 +79,7 @@ class SliceTable:
     file_size: Int64
     """(n,) bytes, when the header was read."""
     pixel_offset: Int64
-    """(n,) offset of this frame's native pixel data in the file; -1: decode through the slow path."""
+    """(n,) offset of this frame's native pixel data in the file; -1: take the slow path."""
     pixel_length: Int64
     """(n,) length in bytes that the header gives for the file's pixel data; -1 where undefined."""
     transfer_syntax_uid: Bytes
