@@ -149,6 +149,8 @@ class Cohort:
     """The data directory, absolute; never stored in the output."""
     source: str
     """Name of the annotation source, e.g. 'sunnybrook'."""
+    include_unannotated: bool
+    """Whether images without any outline were asked for."""
     structures: tuple[str, ...]
     """Names in bit order."""
     nested: tuple[tuple[int, int], ...]
@@ -214,6 +216,8 @@ class Layout:
     """Rasterizing rule: 'center', 'pil-outline0' or 'pil-outline1'."""
     contour_origin: float
     """Pixel coordinate, in the contours, of the centre of the first pixel: 0, 0.5 or 1."""
+    include_unannotated: bool
+    """Whether slices without any usable outline are in the file, with empty masks."""
     codec: str
     """'deflate', 'lz4', 'zstd' or 'none'."""
     keep_identity: bool
@@ -334,7 +338,7 @@ class ConvertOptions:
     workers: int = 0
     """0: one per core."""
     memory_limit: int = 0
-    """Bytes for all workers and the window of results together; 0: half of what is free."""
+    """Bytes that one worker may use for its slices and results; 0: 256 MiB."""
     slices_per_task: int = 0
     """0: chosen from the memory limit, at most 64."""
     strict: bool = False

@@ -1,0 +1,432 @@
+"""Convert a cohort: one pure function per task, and the Dask driver round it.
+
+`for task in tasks(plan): writer.put(encode_chunk(task))` is the whole program; Dask only spreads
+it. Results are committed in the order of the plan, so the output does not depend on who was
+faster.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import threading
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel_dicomseg.checks import measure
+from parallel_dicomseg.codec import encode
+from parallel_dicomseg.dicom import read_images
+from parallel_dicomseg.errors import ConfigurationError, ConversionError
+from parallel_dicomseg.plan import Plan, make_plan, tasks
+from parallel_dicomseg.rasterize import rasterize_batch
+from parallel_dicomseg.records import (
+    Checks,
+    ChunkTask,
+    Cohort,
+    ContourRef,
+    Contours,
+    ConvertOptions,
+    EncodedChunk,
+    Layout,
+    Problem,
+    Progress,
+    Reason,
+    SliceRef,
+    Summary,
+    UInt8,
+)
+from parallel_dicomseg.store import Hdf5Writer, mirror_to_zarr, open_dataset
+from parallel_dicomseg.text import read_contour_files
+
+LOCAL_SCHEDULERS = ("synchronous", "threads", "processes")
+# A cluster on which no worker shows up, or on which none can answer, ends the run.
+_WORKERS_TIMEOUT_S = 60
+
+
+# --- one task ------------------------------------------------------------------------------------
+
+
+class _Scratch(threading.local):
+    """Arrays that a thread uses again for its next task: fresh pages cost more than the masks."""
+
+    def __init__(self) -> None:
+        self._held: dict[str, NDArray[Any]] = {}
+
+    def array(self, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
+        """An uninitialised array of this shape, valid until the next call with this name."""
+        held = self._held.get(name)
+        if held is None or held.shape[1:] != shape[1:] or held.dtype != dtype:
+            held = None
+        if held is None or len(held) < shape[0]:
+            held = np.empty(shape, dtype)
+            self._held[name] = held
+        return held[: shape[0]]
+
+
+_scratch = _Scratch()
+
+
+def encode_chunk(task: ChunkTask) -> EncodedChunk:
+    """Decode, rasterize, measure and compress the slices of one task.
+
+    A slice that cannot be read is a value of the result, never an exception.
+    """
+    layout = task.layout
+    shape = (len(task.slices), layout.rows, layout.columns)
+    images = _scratch.array("images", shape, layout.image_dtype)
+    good, problems = read_images(task.root, task.slices, images)
+    images[~good] = 0
+    contours, digest, bad_contours = read_contours(task)
+    masks = _scratch.array("masks", shape, layout.mask_dtype)
+    masks.fill(0)
+    rasterize_batch(contours, masks, rule=layout.rule)
+    measured = measure(
+        images,
+        masks,
+        contours,
+        contour_digest=digest,
+        longer_than_header=_longer_than_header(task),
+        nested=layout.nested,
+        checks=layout.checks,
+    )
+    if not layout.include_unannotated:
+        good &= measured.annotated.any(axis=1)
+    pixels = layout.rows * layout.columns
+    image_room = _scratch.array("shuffled", (shape[0], pixels * images.itemsize), "|u1")
+    image_bytes, image_sizes = _pack(encode(images, layout.codec, image_room), good)
+    mask_bytes, mask_sizes = _pack(encode(masks, layout.codec), good)
+    return EncodedChunk(
+        first=task.first,
+        image_bytes=image_bytes,
+        image_sizes=image_sizes,
+        mask_bytes=mask_bytes,
+        mask_sizes=mask_sizes,
+        measured=measured,
+        problems=(*problems, *bad_contours),
+    )
+
+
+def read_contours(task: ChunkTask) -> tuple[Contours, NDArray[np.uint64], list[Problem]]:
+    """The outlines of a task in pixel coordinates, their digests (n, s), and what is wrong.
+
+    An outline that cannot be read has no ring: its structure is then not annotated on the slice.
+    """
+    layout = task.layout
+    files = read_contour_files([os.path.join(task.root, ref.path) for ref in task.contours])  # noqa: PTH118
+    usable = np.diff(files.offsets) > 0
+    plane = np.array([ref.plane for ref in task.contours], np.int64)
+    structure = np.array([ref.structure for ref in task.contours], np.int32)
+    digest = np.zeros((len(task.slices), len(layout.structures)), np.uint64)
+    digest[plane[usable], structure[usable]] = files.digest[usable]
+    contours = Contours(
+        points_column_row=files.points_column_row - layout.contour_origin,
+        offsets=np.append(files.offsets[:-1][usable], files.offsets[-1]),
+        plane=plane[usable],
+        structure=structure[usable],
+    )
+    problems = [_bad_contour(task, task.contours[k], text) for k, text in files.errors]
+    return contours, digest, problems
+
+
+def _bad_contour(task: ChunkTask, ref: ContourRef, text: str) -> Problem:
+    name = task.layout.structures[ref.structure]
+    image = task.slices[ref.plane].path
+    return Problem(ref.path, Reason.BAD_CONTOUR, f"{text}; structure {name} of {image}")
+
+
+def _longer_than_header(task: ChunkTask) -> NDArray[np.bool_]:
+    """(n,) whether native pixel data holds more than the header's size and one byte of padding."""
+    pixels = task.layout.rows * task.layout.columns
+    return np.array(
+        [
+            bool(ref.stored_dtype)
+            and ref.pixel_length > pixels * np.dtype(ref.stored_dtype).itemsize + 1
+            for ref in task.slices
+        ]
+    )
+
+
+def _pack(chunks: list[bytes], good: NDArray[np.bool_]) -> tuple[UInt8, NDArray[np.int64]]:
+    """Chunks one after another (they travel to the writer as one buffer), and their sizes."""
+    kept = [chunk if keep else b"" for chunk, keep in zip(chunks, good.tolist(), strict=True)]
+    sizes = np.array([len(chunk) for chunk in kept], np.int64)
+    return np.frombuffer(b"".join(kept), np.uint8), sizes
+
+
+def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1") -> float:
+    """Compile (or load from the cache) every kernel of a conversion; returns the seconds it took.
+
+    Worker processes that start after this load machine code from the cache on disk and never
+    compile.
+    """
+    start = time.perf_counter()
+    layout = Layout(
+        slices=2,
+        rows=8,
+        columns=8,
+        image_dtype=image_dtype,
+        mask_dtype=mask_dtype,
+        structures=("inner", "outer"),
+        nested=((0, 1),),
+        rule="center",
+        contour_origin=0.0,
+        include_unannotated=True,
+        codec="deflate",
+        keep_identity=False,
+        source="",
+        checks=Checks(),
+    )
+    nowhere = SliceRef("\n", 0, 0, 0, 0, image_dtype, 16, 1.0, 0.0)
+    missing = ContourRef("\n", 0, 0)
+    encode_chunk(ChunkTask(0, os.devnull, layout, (nowhere, nowhere), (missing,)))
+    triangle = Contours(
+        points_column_row=np.array([[1.0, 1.0], [6.0, 1.0], [3.0, 6.0]]),
+        offsets=np.array([0, 3]),
+        plane=np.array([0]),
+        structure=np.array([0], np.int32),
+    )
+    rasterize_batch(triangle, np.zeros((1, 8, 8), mask_dtype))
+    return time.perf_counter() - start
+
+
+# --- the driver ----------------------------------------------------------------------------------
+
+
+class _Pending(Protocol):
+    """What every scheduler hands out for a task."""
+
+    def result(self) -> EncodedChunk: ...
+
+    def cancel(self) -> Any: ...
+
+
+_Submit = Callable[[ChunkTask], _Pending]
+
+
+def convert_cohort(
+    cohort: Cohort,
+    output: str | Path,
+    *,
+    options: ConvertOptions | None = None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Summary:
+    """Convert a cohort into one HDF5 file, and on request a zarr mirror of it.
+
+    Parameters
+    ----------
+    cohort
+        What `scan_cohort` found.
+    output
+        The HDF5 file. It appears under this name only when it is whole.
+    options
+        How to convert. The bytes of the output depend on `rule`, `contour_origin`, `codec`,
+        `keep_identity` and `checks`, not on the scheduler or the size of the tasks.
+    progress
+        Called with the slices done so far.
+
+    Returns
+    -------
+    What is in the file, what was rejected and why, what was flagged.
+
+    Raises
+    ------
+    ConfigurationError
+        An option has no meaning, or the output exists and `overwrite` is off.
+    LayoutError
+        There is nothing to convert.
+    ConversionError
+        No slice could be converted, one was rejected under `strict`, or the workers were lost.
+    """
+    options = options or ConvertOptions()
+    output = Path(output)
+    start = time.perf_counter()
+    _check_output(output, options)
+    workers = options.workers or os.cpu_count() or 1
+    plan = make_plan(cohort, options, workers)
+    plan = replace(plan, problems=(*cohort.problems, *plan.problems))
+    _stop_if_strict(plan.problems, options)
+    with Hdf5Writer(output, plan.layout, plan.cohort.slices) as writer:
+        for chunk in run(plan, options, workers):
+            _stop_if_strict(chunk.problems, options)
+            writer.put(chunk)
+            if progress:
+                progress(Progress("convert", writer.slices_seen, plan.layout.slices))
+        written = writer.publish(plan.problems)
+    if options.zarr:
+        with open_dataset(output) as dataset:
+            mirror_to_zarr(dataset, options.zarr, overwrite=options.overwrite, progress=progress)
+    return replace(written, seconds=time.perf_counter() - start, max_rejected=options.max_rejected)
+
+
+def _check_output(output: Path, options: ConvertOptions) -> None:
+    if output.is_dir():
+        raise ConfigurationError(f"{output} is a directory, the output is one HDF5 file")
+    if not output.parent.is_dir():
+        raise ConfigurationError(f"{output.parent}: no such directory for the output {output.name}")
+    for path in (output, Path(options.zarr)) if options.zarr else (output,):
+        if path.exists() and not options.overwrite:
+            raise ConfigurationError(f"{path} exists; --overwrite replaces it")
+
+
+def _stop_if_strict(problems: tuple[Problem, ...], options: ConvertOptions) -> None:
+    rejections = [problem for problem in problems if problem.is_rejection]
+    if options.strict and rejections:
+        first = rejections[0]
+        raise ConversionError(f"{first.path}: {first.detail} ({first.reason}); stopped by strict")
+
+
+def run(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[EncodedChunk]:
+    """The encoded chunks of a plan in its order, with a bounded number of tasks under way."""
+    pending: deque[_Pending] = deque()
+    with _scheduler(plan, options, workers) as submit:
+        try:
+            for task in tasks(plan):
+                if len(pending) == plan.window:
+                    yield pending.popleft().result()
+                pending.append(submit(task))
+            while pending:
+                yield pending.popleft().result()
+        finally:
+            for future in pending:
+                future.cancel()
+
+
+@contextmanager
+def _scheduler(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[_Submit]:
+    name = options.scheduler
+    if name == "synchronous":
+        yield _submit_now
+    elif name == "threads":
+        with ThreadPoolExecutor(workers, "encode") as pool:
+            yield from _submit_to(pool, name, plan.window)
+    elif name == "processes":
+        warm_up(plan.layout.image_dtype, plan.layout.mask_dtype)
+        with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
+            yield from _submit_to(processes, name, plan.window)
+    else:
+        yield from _submit_to_cluster(plan, options, workers)
+
+
+def _compute(task: ChunkTask, **scheduler: Any) -> EncodedChunk:
+    import dask
+
+    (chunk,) = dask.compute(dask.delayed(encode_chunk)(task), **scheduler)
+    return chunk  # type: ignore[no-any-return]
+
+
+def _submit_now(task: ChunkTask) -> _Pending:
+    done: Future[EncodedChunk] = Future()
+    done.set_result(_compute(task, scheduler="synchronous"))
+    return done
+
+
+def _submit_to(pool: Executor, scheduler: str, window: int) -> Iterator[_Submit]:
+    """Submit to one of Dask's local schedulers over a pool that all tasks share.
+
+    Each task is a graph of its own, waited for by a thread of its own: so that the number of
+    tasks in memory is bounded, and no worker idles between one graph and the next.
+    """
+    with ThreadPoolExecutor(window, "dask") as waiters:
+        yield lambda task: waiters.submit(
+            _compute, task, scheduler=scheduler, pool=pool, num_workers=1
+        )
+
+
+def _submit_to_cluster(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[_Submit]:
+    try:
+        import distributed
+    except ImportError:
+        raise ConfigurationError(
+            f"scheduler is {options.scheduler!r}; that is not one of "
+            f"{', '.join(LOCAL_SCHEDULERS)}, and for a cluster the package distributed is needed: "
+            f'pip install "parallel_dicomseg[distributed]"'
+        ) from None
+    import dask
+
+    with (
+        dask.config.set({"distributed.scheduler.no-workers-timeout": _WORKERS_TIMEOUT_S}),
+        _client(distributed, plan, options, workers) as client,
+    ):
+        _check_workers(client, plan)
+        token = uuid.uuid4().hex  # two runs may share a scheduler, their keys may not meet
+
+        def submit(task: ChunkTask) -> _Pending:
+            key = f"encode_chunk-{token}-{task.first}"
+            delayed = dask.delayed(encode_chunk)(task, dask_key_name=key)
+            pending: _Pending = client.compute(delayed)
+            return pending
+
+        yield submit
+
+
+@contextmanager
+def _client(distributed: Any, plan: Plan, options: ConvertOptions, workers: int) -> Iterator[Any]:
+    """A client of the cluster that runs at the address or scheduler file, or of one of our own."""
+    address = options.scheduler
+    timeout = f"{_WORKERS_TIMEOUT_S}s"
+    if address == "distributed":
+        warm_up(plan.layout.image_dtype, plan.layout.mask_dtype)
+        with (
+            distributed.LocalCluster(
+                n_workers=workers,
+                threads_per_worker=1,
+                host="127.0.0.1",
+                dashboard_address=None,
+            ) as cluster,
+            distributed.Client(cluster) as client,
+        ):
+            yield client
+        return
+    is_file = Path(address).is_file()
+    if not is_file and "://" not in address and ":" not in address:
+        raise ConfigurationError(
+            f"scheduler is {address!r}; it can be {', '.join(LOCAL_SCHEDULERS)}, distributed, "
+            f"an address such as tcp://host:8786 or a scheduler file that exists"
+        )
+    try:
+        client = (
+            distributed.Client(scheduler_file=address, timeout=timeout)
+            if is_file
+            else distributed.Client(address, timeout=timeout)
+        )
+    except (OSError, ValueError) as error:
+        raise ConfigurationError(f"no Dask scheduler answers at {address}: {error}") from error
+    with client:
+        yield client
+
+
+def _check_workers(client: Any, plan: Plan) -> None:
+    """Ask before the first task whether there are workers with this package who see the files.
+
+    Dask itself waits for ever for a worker that never comes and for one that cannot import.
+    """
+    try:
+        client.wait_for_workers(1, timeout=_WORKERS_TIMEOUT_S)
+    except TimeoutError as error:
+        raise ConversionError(
+            f"no worker joined the scheduler within {_WORKERS_TIMEOUT_S} s"
+        ) from error
+    try:
+        client.run(importlib.import_module, __name__)
+        seen = client.run(os.path.isdir, plan.cohort.root)
+    except ImportError as error:
+        raise ConversionError(
+            f"a worker cannot import parallel_dicomseg ({error}); install the same version there"
+        ) from error
+    blind = [worker for worker, sees in seen.items() if not sees]
+    if blind:
+        raise ConversionError(
+            f"{len(blind)} of {len(seen)} workers do not see the data directory "
+            f"{plan.cohort.root}; it must be under the same path on every machine"
+        )

@@ -1,0 +1,18 @@
+"""The files: HDF5 (written once, by one writer, read by everybody) and its zarr mirror."""
+
+from parallel_dicomseg.store.dataset import ChunkedArray, Dataset, open_dataset
+from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, Hdf5Writer
+from parallel_dicomseg.store.verify import Verification, verify_file
+from parallel_dicomseg.store.zarr import mirror_to_zarr
+
+__all__ = [
+    "FORMAT",
+    "FORMAT_VERSION",
+    "ChunkedArray",
+    "Dataset",
+    "Hdf5Writer",
+    "Verification",
+    "mirror_to_zarr",
+    "open_dataset",
+    "verify_file",
+]

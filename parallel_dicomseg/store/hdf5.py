@@ -1,0 +1,385 @@
+"""Write the HDF5 file: one writer, ready chunks, and an atomic rename as the last act.
+
+docs/format.md is the contract of what is written here. Nothing in it depends on a clock, a host,
+an absolute path or the order in which workers finished.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Self
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel_dicomseg.codec import filters
+from parallel_dicomseg.errors import ConversionError, VerificationError
+from parallel_dicomseg.records import (
+    FLAGS,
+    EncodedChunk,
+    Int64,
+    Layout,
+    Measured,
+    Problem,
+    SliceTable,
+    Summary,
+)
+from parallel_dicomseg.store.table import Columns, rejected_columns, series_columns, table_columns
+
+FORMAT = "parallel_dicomseg"
+FORMAT_VERSION = 1
+PARTIAL_SUFFIX = ".partial"
+
+_COLUMN_CHUNK_ROWS = 16384
+
+INTENSITY_STATISTICS = ("minimum", "maximum", "mean", "standard_deviation")
+
+# netCDF's way of naming a dimension that has no coordinate values, so that xarray opens the file.
+_NO_COORDINATE = "This is a netCDF dimension but not a netCDF variable.%10d"
+
+#: Names of the second axis of the table's columns.
+_SECOND_AXES = {
+    "image_position_patient": "patient_axis",
+    "image_orientation_patient": "direction_cosine",
+    "pixel_spacing": "spacing_axis",
+    "structure_annotated": "structure",
+    "area": "structure",
+    "area_mm2": "structure",
+    "components": "structure",
+    "ellipse_residual": "structure",
+    "outside": "nested_pair",
+    "intensity": "statistic",
+}
+_UNITS = {
+    "image_position_patient": "mm",
+    "pixel_spacing": "mm",
+    "slice_thickness": "mm",
+    "area": "pixel",
+    "area_mm2": "mm2",
+    "outside": "pixel",
+    "ellipse_residual": "mean radius",
+}
+
+
+class Hdf5Writer:
+    """Puts encoded chunks into `OUT.h5.partial` in plan order; `publish` makes it OUT.h5.
+
+    Rejected slices leave no gap: rows of the file are the good slices, in plan order. Not
+    thread-safe; leaving the context without `publish` removes the partial file.
+    """
+
+    def __init__(self, output: Path, layout: Layout, slices: SliceTable) -> None:
+        self._output = output
+        self._partial = output.with_name(output.name + PARTIAL_SUFFIX)
+        self._layout = layout
+        self._slices = slices
+        self._file: h5py.File | None = None
+        self._kept: list[Int64] = []
+        self._measured: list[Measured] = []
+        self._problems: list[Problem] = []
+        self._sizes: list[tuple[Int64, Int64]] = []
+        self._rows = 0
+        self.slices_seen = 0
+        """Slices put so far, rejected ones among them."""
+
+    def __enter__(self) -> Self:
+        layout = self._layout
+        try:
+            self._file = _create(self._partial)
+        except OSError as error:
+            raise ConversionError(f"{self._partial} cannot be written: {error}") from error
+        self._images = _chunked(self._file, b"images", layout, layout.image_dtype)
+        self._masks = _chunked(self._file, b"masks", layout, layout.mask_dtype)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._partial.unlink(missing_ok=True)
+
+    def put(self, chunk: EncodedChunk) -> None:
+        """Write the chunks of one task; tasks come in plan order."""
+        if chunk.first != self.slices_seen:
+            raise ConversionError(
+                f"slices from {chunk.first} on came where {self.slices_seen} is next"
+            )
+        self.slices_seen += len(chunk.image_sizes)
+        good = np.flatnonzero(chunk.image_sizes)
+        sizes = chunk.image_sizes[good], chunk.mask_sizes[good]
+        try:
+            self._write_chunks(chunk, *sizes)
+        except OSError as error:
+            raise ConversionError(f"{self._partial} cannot be written: {error}") from error
+        self._rows += len(good)
+        self._kept.append(good + chunk.first)
+        self._measured.append(_rows_of(chunk.measured, good))
+        self._problems += chunk.problems
+        self._sizes.append(sizes)
+
+    def _write_chunks(self, chunk: EncodedChunk, image_sizes: Int64, mask_sizes: Int64) -> None:
+        # A slice's image and mask lie side by side: one read ahead gets both, and the bytes of
+        # the file do not depend on how many slices a task has.
+        image_end, mask_end = 0, 0
+        sizes = zip(image_sizes.tolist(), mask_sizes.tolist(), strict=True)
+        for row, (image_size, mask_size) in enumerate(sizes, self._rows):
+            image_start, image_end = image_end, image_end + image_size
+            mask_start, mask_end = mask_end, mask_end + mask_size
+            position = (row, 0, 0)
+            self._images.write_direct_chunk(position, chunk.image_bytes[image_start:image_end])
+            self._masks.write_direct_chunk(position, chunk.mask_bytes[mask_start:mask_end])
+
+    def publish(self, problems: Sequence[Problem]) -> Summary:
+        """Write the tables, check the chunk index, and give the file its name.
+
+        Parameters
+        ----------
+        problems
+            What was found before the conversion; those of the chunks are added.
+        """
+        file = self._file
+        if file is None:
+            raise ConversionError("the writer is not open")
+        problems = (*problems, *self._problems)
+        if not self._rows:
+            raise ConversionError(
+                f"none of {self.slices_seen} slices could be converted; the first reason: "
+                + (f"{problems[0].path}: {problems[0].detail}" if problems else "unknown")
+            )
+        slices = self._slices.take(np.concatenate(self._kept))
+        measured = _joined(self._measured)
+        table = table_columns(slices, measured, self._layout)
+        for dataset in (self._images, self._masks):
+            dataset.set_extent((self._rows, self._layout.rows, self._layout.columns))
+        _write_metadata(file, self._layout, self._rows, table, slices, problems)
+        self._check_index()
+        file.close()
+        self._file = None
+        _rename_durably(self._partial, self._output)
+        return self._summary(slices, measured, table, problems)
+
+    def _check_index(self) -> None:
+        """Compare HDF5's own index of chunks with what was put."""
+        for place, dataset in enumerate((self._images, self._masks)):
+            _, stored = chunk_index(dataset, self._rows)
+            put = np.concatenate([sizes[place] for sizes in self._sizes])
+            wrong = np.flatnonzero(stored != put)
+            if len(wrong):
+                raise VerificationError(
+                    f"{self._partial}: chunk {wrong[0]} of {dataset.name} has "
+                    f"{stored[wrong[0]]} bytes, {put[wrong[0]]} were written"
+                )
+
+    def _summary(
+        self, slices: SliceTable, measured: Measured, table: Columns, problems: tuple[Problem, ...]
+    ) -> Summary:
+        counts = {
+            name: int(np.count_nonzero(table["flags"] & (1 << bit)))
+            for bit, name in enumerate(FLAGS)
+        }
+        return Summary(
+            output=str(self._output),
+            slices=self._rows,
+            patients=len(np.unique(slices.patient_id)),
+            rows=self._layout.rows,
+            columns=self._layout.columns,
+            structures=self._layout.structures,
+            annotated=tuple(measured.annotated.sum(axis=0).tolist()),
+            problems=problems,
+            flagged={name: count for name, count in counts.items() if count},
+            seconds=0.0,
+            bytes_written=self._output.stat().st_size,
+        )
+
+
+def _create(path: Path) -> h5py.File:
+    """A new file that HDF5 1.10 reads, without the time at which its objects were made.
+
+    The format of 1.10 needs 15 bytes of index per chunk; older ones need a B-tree.
+    """
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    create = _timeless(h5py.h5p.FILE_CREATE)
+    return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, create, access))
+
+
+def _timeless(kind: Any) -> Any:
+    """Creation properties of an object that does not record when it was made."""
+    properties = h5py.h5p.create(kind)
+    properties.set_obj_track_times(False)
+    return properties
+
+
+def _chunked(file: h5py.File, name: bytes, layout: Layout, dtype: str) -> h5py.h5d.DatasetID:
+    """Create a dataset of one chunk per slice, without asking for the filter to be installed."""
+    shape = (layout.slices, layout.rows, layout.columns)
+    itemsize = np.dtype(dtype).itemsize
+    properties = _timeless(h5py.h5p.DATASET_CREATE)
+    properties.set_chunk((1, *shape[1:]))
+    properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
+    for stage in filters(layout.codec, itemsize, shape[1] * shape[2] * itemsize):
+        properties.set_filter(stage.number, h5py.h5z.FLAG_OPTIONAL, stage.values)
+    return h5py.h5d.create(
+        file.id,
+        name,
+        h5py.h5t.py_create(np.dtype(dtype)),
+        h5py.h5s.create_simple(shape, shape),
+        properties,
+    )
+
+
+def chunk_index(dataset: h5py.h5d.DatasetID, rows: int) -> tuple[Int64, Int64]:
+    """(n,) byte offset in the file and (n,) encoded size of each slice's chunk; 0 where missing."""
+    offsets = np.zeros(rows, np.int64)
+    sizes = np.zeros(rows, np.int64)
+
+    def note(chunk: Any) -> None:
+        row = chunk.chunk_offset[0]
+        offsets[row] = chunk.byte_offset
+        sizes[row] = chunk.size
+
+    if rows:
+        dataset.chunk_iter(note)
+    return offsets, sizes
+
+
+def _rows_of(measured: Measured, index: Int64) -> Measured:
+    return Measured(**{f.name: getattr(measured, f.name)[index] for f in fields(Measured)})
+
+
+def _joined(measured: Sequence[Measured]) -> Measured:
+    return Measured(
+        **{
+            f.name: np.concatenate([getattr(part, f.name) for part in measured])
+            for f in fields(Measured)
+        }
+    )
+
+
+# --- everything but the chunks -------------------------------------------------------------------
+
+
+def _write_metadata(
+    file: h5py.File,
+    layout: Layout,
+    rows: int,
+    table: Columns,
+    slices: SliceTable,
+    problems: Sequence[Problem],
+) -> None:
+    images, masks = file["images"], file["masks"]
+    _write_attributes(file, images, masks, layout)
+    scales = _Scales(file)
+    scales.attach(images, "slice", "row", "column")
+    scales.attach(masks, "slice", "row", "column")
+    _write_columns(file, "table", table, scales, "slice")
+    _write_columns(file, "series", series_columns(slices, table), scales, "series_number")
+    _write_columns(file, "rejected", rejected_columns(problems), scales, "rejection")
+    file["table/flags"].attrs["flag_names"] = list(FLAGS)
+    file["table/intensity"].attrs["statistics"] = list(INTENSITY_STATISTICS)
+    pixels = layout.rows * layout.columns
+    for name, source in (("input", images), ("output", masks)):
+        _write_view(file, name, source, (rows, pixels))
+        scales.attach(file[name], "slice", "pixel")
+        file[name].attrs["lshape"] = np.array([layout.rows, layout.columns, 1], np.int64)
+
+
+def _write_attributes(
+    file: h5py.File, images: h5py.Dataset, masks: h5py.Dataset, layout: Layout
+) -> None:
+    file.attrs["format"] = FORMAT
+    file.attrs["format_version"] = FORMAT_VERSION
+    file.attrs["source"] = layout.source
+    file.attrs["codec"] = layout.codec
+    file.attrs["rule"] = layout.rule
+    file.attrs["contour_origin"] = layout.contour_origin
+    file.attrs["include_unannotated"] = layout.include_unannotated
+    file.attrs["keep_identity"] = layout.keep_identity
+    for name, threshold in asdict(layout.checks).items():
+        file.attrs[f"check_{name}"] = threshold
+    images.attrs["long_name"] = "rescaled pixel values"
+    masks.attrs["long_name"] = "bit s is structure s"
+    masks.attrs["encoding"] = "bits"
+    masks.attrs["structures"] = list(layout.structures)
+    if layout.nested:
+        pairs = [f"{layout.structures[i]} inside {layout.structures[o]}" for i, o in layout.nested]
+        masks.attrs["nested"] = pairs
+
+
+class _Scales:
+    """Dimension scales, each made when a dataset first needs it."""
+
+    def __init__(self, file: h5py.File) -> None:
+        self._file = file
+        self._made: dict[str, h5py.Dataset] = {}
+
+    def attach(self, dataset: h5py.Dataset, *names: str) -> None:
+        """Name the axes of a dataset."""
+        for axis, name in enumerate(names):
+            dataset.dims[axis].attach_scale(self._scale(name, dataset.shape[axis]))
+            dataset.dims[axis].label = name
+
+    def _scale(self, name: str, size: int) -> h5py.Dataset:
+        if name not in self._made:
+            scale = self._file.create_dataset(name, shape=(size,), dtype=">f4", track_times=False)
+            scale.make_scale(_NO_COORDINATE % size)
+            self._made[name] = scale
+        return self._made[name]
+
+
+def _write_columns(
+    file: h5py.File, group: str, columns: Columns, scales: _Scales, axis: str
+) -> None:
+    h5py.h5g.create(file.id, group.encode(), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
+    for name, column in columns.items():
+        if 0 in column.shape[1:]:
+            continue
+        dtype = column.dtype
+        if dtype.kind == "S":
+            dtype = h5py.string_dtype("utf-8", dtype.itemsize)
+        chunked = (
+            {"chunks": (min(len(column), _COLUMN_CHUNK_ROWS), *column.shape[1:])}
+            | {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+            if len(column)
+            else {}
+        )
+        dataset = file[group].create_dataset(
+            name, data=column.astype(dtype), track_times=False, **chunked
+        )
+        axes = (axis,) if column.ndim == 1 else (axis, _SECOND_AXES[name])
+        scales.attach(dataset, *axes)
+        if name in _UNITS:
+            dataset.attrs["units"] = _UNITS[name]
+
+
+def _write_view(file: h5py.File, name: str, source: h5py.Dataset, shape: tuple[int, int]) -> None:
+    """A virtual dataset: the same pixels, flattened, as the original loader reads them.
+
+    Source and target select equally many points in the same order, which is all that HDF5 asks
+    of a mapping; h5py's own VirtualLayout wants equal ranks, so this goes below it.
+    """
+    properties = _timeless(h5py.h5p.DATASET_CREATE)
+    target = h5py.h5s.create_simple(shape)
+    properties.set_virtual(target, b".", source.name.encode(), source.id.get_space())
+    h5py.h5d.create(file.id, name.encode(), source.id.get_type(), target, properties)
+
+
+def _rename_durably(partial: Path, output: Path) -> None:
+    """Bytes to the disk, then the name, then the name to the disk."""
+    _sync(partial, os.O_RDWR)
+    partial.replace(output)
+    with contextlib.suppress(PermissionError):  # Windows cannot open a directory
+        _sync(output.parent, os.O_RDONLY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,150 @@
+"""The zarr mirror of a converted file: zarr v3, sharded, core codecs, the same values and names."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import google_crc32c
+import numpy as np
+
+from parallel_dicomseg.codec import BLOSC_LEVEL, encode, mirror_codec
+from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.records import Progress
+from parallel_dicomseg.store.dataset import ChunkedArray, Dataset
+
+SLICES_PER_SHARD = 1024
+_MARKER = "zarr.json"
+_MISSING = np.uint64(2**64 - 1)
+
+
+def mirror_to_zarr(
+    dataset: Dataset,
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Callable[[Progress], None] | None = None,
+) -> None:
+    """Write a zarr v3 group with the arrays, tables and attributes of a converted file.
+
+    Chunks that zarr can decode as they are (lz4, zstd, none) are copied as bytes; deflate chunks,
+    whose shuffle is no core codec of zarr v3, are encoded again as blosc lz4.
+
+    Parameters
+    ----------
+    dataset
+        An open converted file.
+    directory
+        The group to make. It appears under this name only when it is whole.
+    overwrite
+        Replace an existing zarr group.
+
+    Raises
+    ------
+    ConfigurationError
+        The directory exists and is no zarr group, or `overwrite` is off.
+    """
+    target = Path(directory)
+    if target.exists() and not (overwrite and (target / _MARKER).is_file()):
+        reason = "exists" if (target / _MARKER).is_file() else "exists and is no zarr group"
+        raise ConfigurationError(f"{target} {reason}")
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        _write_group(dataset, partial, progress)
+        shutil.rmtree(target, ignore_errors=True)
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _write_group(
+    dataset: Dataset, directory: Path, progress: Callable[[Progress], None] | None
+) -> None:
+    import zarr
+
+    codec = mirror_codec(str(dataset.attributes["codec"]))
+    group = zarr.open_group(str(directory), mode="w", zarr_format=3)
+    group.attrs.update({**dataset.attributes, "codec": codec})
+    for array in (dataset.images, dataset.masks):
+        _create_array(group, array, codec, dataset.attributes_of(array.name))
+    jobs = [
+        (array, first)
+        for array in (dataset.images, dataset.masks)
+        for first in range(0, len(array), SLICES_PER_SHARD)
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        shards = pool.map(lambda job: _write_shard(dataset, directory, job[0], job[1], codec), jobs)
+        for done, _ in enumerate(shards, 1):
+            if progress:
+                progress(Progress("mirror", done * len(dataset) // len(jobs), len(dataset)))
+    for name in ("table", "series", "rejected"):
+        _copy_columns(dataset, group, name)
+
+
+def _create_array(group: Any, array: ChunkedArray, codec: str, attributes: dict[str, Any]) -> None:
+    """Let zarr-python write the metadata; the shards are written here."""
+    from zarr.codecs import BloscCname, BloscCodec
+
+    blosc = (
+        BloscCodec(
+            cname=BloscCname(codec),
+            clevel=BLOSC_LEVEL[codec],
+            shuffle="bitshuffle",
+            typesize=array.dtype.itemsize,
+        )
+        if codec != "none"
+        else None
+    )
+    group.create_array(
+        array.name.strip("/"),
+        shape=array.shape,
+        dtype=array.dtype,
+        chunks=(1, *array.shape[1:]),
+        shards=(SLICES_PER_SHARD, *array.shape[1:]),
+        compressors=blosc,
+        filters=None,
+        fill_value=0,
+        dimension_names=("slice", "row", "column"),
+        attributes=attributes,
+    )
+
+
+def _write_shard(
+    dataset: Dataset, directory: Path, array: ChunkedArray, first: int, codec: str
+) -> None:
+    """One shard: the chunks, then the index of offsets and lengths, then its crc32c."""
+    index = np.full((SLICES_PER_SHARD, 2), _MISSING, "<u8")
+    path = directory / array.name.strip("/") / "c" / str(first // SLICES_PER_SHARD) / "0" / "0"
+    path.parent.mkdir(parents=True)
+    shared = codec == dataset.attributes["codec"]
+    at = 0
+    with path.open("wb") as shard:
+        for k, row in enumerate(range(first, min(first + SLICES_PER_SHARD, len(array)))):
+            chunk = array.encoded(row) if shared else encode(array[row][None], codec)[0]
+            shard.write(chunk)
+            index[k] = at, len(chunk)
+            at += len(chunk)
+        raw = index.tobytes()
+        shard.write(raw + int(google_crc32c.value(raw)).to_bytes(4, "little"))
+
+
+def _copy_columns(dataset: Dataset, group: Any, name: str) -> None:
+    target = group.create_group(name)
+    for column in dataset.columns(name):
+        values = dataset.column(column, name)
+        is_text = values.dtype.kind == "S"
+        array = target.create_array(
+            column,
+            shape=values.shape,
+            # fixed-length text has no specification in zarr v3
+            dtype="string" if is_text else values.dtype,
+            dimension_names=dataset.axes(f"{name}/{column}"),
+            attributes=dataset.attributes_of(f"{name}/{column}"),
+        )
+        if values.size:
+            array[...] = np.char.decode(values, "utf-8", "replace") if is_text else values
