@@ -81,25 +81,37 @@ def mirror_codec(codec: str) -> str:
 
 
 @kernel
-def shuffle_bytes(raw: UInt8, itemsize: int, out: UInt8) -> None:
-    """HDF5's shuffle of each row of `raw` (n, bytes): all first bytes, all second bytes, …."""
-    count = raw.shape[1] // itemsize
-    for i in range(raw.shape[0]):
-        for byte in range(itemsize):
-            source = raw[i, byte:]
-            target = out[i, byte * count : (byte + 1) * count]
+def shuffle_bytes(elements: NDArray[Any], out: UInt8) -> None:
+    """HDF5's shuffle of each row: all lowest bytes, all second bytes, ….
+
+    Parameters
+    ----------
+    elements
+        (n, count) unsigned integers, little-endian.
+    out
+        (n, count x itemsize) uint8.
+    """
+    count = elements.shape[1]
+    for i in range(elements.shape[0]):
+        row = elements[i]
+        for byte in range(elements.itemsize):
+            # one loop per byte: LLVM turns each into vector instructions, a joint one not
+            plane = out[i, byte * count : (byte + 1) * count]
+            shift = elements.dtype.type(8 * byte)
             for k in range(count):
-                target[k] = source[k * itemsize]
+                plane[k] = np.uint8(row[k] >> shift)
 
 
 @kernel
-def unshuffle_bytes(raw: UInt8, itemsize: int, out: UInt8) -> None:
-    """Undo `shuffle_bytes` for one chunk (bytes,)."""
-    count = len(raw) // itemsize
-    for byte in range(itemsize):
-        source = raw[byte * count : (byte + 1) * count]
+def unshuffle_bytes(planes: UInt8, elements: NDArray[Any]) -> None:
+    """Undo `shuffle_bytes` for one chunk: planes (count x itemsize,) to elements (count,)."""
+    count = len(elements)
+    elements[:] = 0
+    for byte in range(elements.itemsize):
+        plane = planes[byte * count : (byte + 1) * count]
+        shift = elements.dtype.type(8 * byte)
         for k in range(count):
-            out[k * itemsize + byte] = source[k]
+            elements[k] |= elements.dtype.type(plane[k]) << shift
 
 
 def encode(arrays: NDArray[Any], codec: str, scratch: UInt8 | None = None) -> list[bytes]:
@@ -126,7 +138,7 @@ def encode(arrays: NDArray[Any], codec: str, scratch: UInt8 | None = None) -> li
         raw = rows.view(np.uint8)
         if itemsize > 1:
             scratch = np.empty_like(raw) if scratch is None else scratch
-            shuffle_bytes(raw, itemsize, scratch)
+            shuffle_bytes(rows.view(f"<u{itemsize}"), scratch)
             raw = scratch
         return [isal_zlib.compress(row, DEFLATE_LEVEL) for row in raw]
     blosc = _blosc(codec)
@@ -161,7 +173,7 @@ def decode(chunk: bytes | UInt8, codec: str, out: NDArray[Any]) -> None:
         elif len(plain) != len(raw):
             raise ValueError(f"the chunk decodes to {len(plain)} bytes, not {len(raw)}")
         else:
-            unshuffle_bytes(plain, out.dtype.itemsize, raw)
+            unshuffle_bytes(plain, raw.view(f"<u{out.dtype.itemsize}"))
     else:
         try:
             _copy(np.frombuffer(numcodecs.blosc.decompress(chunk), np.uint8), raw)
