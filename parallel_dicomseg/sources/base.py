@@ -1,0 +1,217 @@
+"""What every annotation source gives and takes, and how a data directory is walked.
+
+Only what `os.scandir` found is ever opened, and a link that leaves the data directory is
+reported, not followed; so no name in a table or a file can lead a run elsewhere.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Protocol
+
+from parallel_dicomseg.errors import LayoutError
+from parallel_dicomseg.records import ContourTable, Int64, Problem, Reason, ScanOptions, SliceTable
+
+_IMAGE_SUFFIXES = frozenset({"dcm", "dicom", "ima"})
+_DIGITS = re.compile(r"([0-9]+)")
+_WORD_OR_NUMBER = re.compile(r"[0-9]+|[^\W\d_]+")
+
+NaturalKey = tuple[tuple[str | int, ...], str]
+CanonicalName = tuple[str | int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Outline:
+    """One outline file of a cohort."""
+
+    path: str
+    """Relative to the data directory, '/' between the parts."""
+    patient_id: str
+    """The cohort's own name of the patient."""
+    structure: str
+    number: int
+    """Which image it was drawn on, in the source's own numbering."""
+
+
+@dataclass(frozen=True, slots=True)
+class Listing:
+    """The files of a cohort by their names alone: nothing has been opened but tables."""
+
+    image_paths: list[str]
+    """Files that are or may be DICOM images, relative, '/' between the parts; each once."""
+    image_patients: list[str]
+    """The patient of each of `image_paths`."""
+    outlines: list[Outline]
+    """Outlines of the chosen structures."""
+    structures: tuple[str, ...]
+    """Names in bit order."""
+    nested: tuple[tuple[str, str], ...]
+    """Pairs (inner, outer) of `structures`."""
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Paired:
+    """Which images to convert, and the outlines on them."""
+
+    slice_index: Int64
+    """(n,) rows of the SliceTable, in the order of the output."""
+    contours: ContourTable
+    """Its `slice` counts in `slice_index`; sorted by (slice, structure, path)."""
+    structures: tuple[str, ...]
+    nested: tuple[tuple[int, int], ...]
+    """Pairs (inner, outer) of indices into `structures`."""
+    problems: tuple[Problem, ...]
+
+
+class Source(Protocol):
+    """One kind of annotated cohort; a module with these names is one.
+
+    A run calls `list_files`, reads the header of every image that it lists, and hands those that
+    could be read to `pair`, in the order of the listing.
+    """
+
+    name: str
+    """What `--source` calls it."""
+
+    def recognizes(self, root: Path) -> bool:
+        """Whether the directory looks like such a cohort."""
+
+    def list_files(self, root: Path, options: ScanOptions) -> Listing:
+        """Find images and outlines by their names; LayoutError where the layout is another one."""
+
+    def pair(self, listing: Listing, slices: SliceTable, options: ScanOptions) -> Paired:
+        """Lay each outline on its image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Folder:
+    """What lies directly in one folder; names in sorted order."""
+
+    path: str
+    """Relative to the data directory, '' for the directory itself."""
+    folders: tuple[str, ...]
+    files: tuple[str, ...]
+    problems: tuple[Problem, ...]
+    """Links, devices and what could not be listed."""
+
+
+def check_directory(root: Path) -> str:
+    """The absolute real path of a data directory that is there and holds something.
+
+    Raises
+    ------
+    LayoutError
+        If it does not exist, is no directory, cannot be listed or is empty.
+    """
+    if not root.exists():
+        raise LayoutError(f"{root}: there is no such directory")
+    if not root.is_dir():
+        raise LayoutError(f"{root}: not a directory")
+    try:
+        empty = next(root.iterdir(), None) is None
+    except OSError as error:
+        raise LayoutError(f"{root}: cannot be listed ({error.strerror})") from None
+    if empty:
+        raise LayoutError(f"{root}: the directory is empty")
+    return str(root.resolve())
+
+
+def scan_folder(root: str, path: str) -> Folder:
+    """List one folder of the data directory `root` (a real path)."""
+    folders: list[str] = []
+    files: list[str] = []
+    problems: list[Problem] = []
+    try:
+        with os.scandir(f"{root}/{path}") as entries:
+            for entry in entries:
+                if entry.is_symlink():
+                    problem = _judge_link(root, path, entry)
+                    if problem:
+                        problems.append(problem)
+                    else:
+                        files.append(entry.name)
+                elif entry.is_dir(follow_symlinks=False):
+                    folders.append(entry.name)
+                elif entry.is_file(follow_symlinks=False):
+                    files.append(entry.name)
+                else:
+                    problems.append(stray(join(path, entry.name), "not a regular file"))
+    except OSError as error:
+        detail = f"the folder cannot be listed: {error.strerror}"
+        problems.append(Problem(path or ".", Reason.UNREADABLE_FILE, detail))
+    problems.sort(key=lambda problem: problem.path)
+    return Folder(path, tuple(sorted(folders)), tuple(sorted(files)), tuple(problems))
+
+
+def walk(root: str, path: str) -> Iterator[Folder]:
+    """The folder and all folders below it, depth first, in sorted order."""
+    pending = [path]
+    while pending:
+        folder = scan_folder(root, pending.pop())
+        pending.extend(join(folder.path, name) for name in reversed(folder.folders))
+        yield folder
+
+
+def _judge_link(root: str, path: str, entry: os.DirEntry[str]) -> Problem | None:
+    """What is wrong with a symbolic link; None for a link to a file inside the data directory."""
+    target = Path(os.path.realpath(entry.path))
+    place = join(path, entry.name)
+    if not target.is_relative_to(root):
+        detail = "a link that leaves the data directory is not followed"
+        return Problem(place, Reason.OUTSIDE_DATA_DIRECTORY, detail)
+    return stray(place, "a link to a folder is not followed") if target.is_dir() else None
+
+
+def stray(path: str, detail: str) -> Problem:
+    """A file that has no business here and does no harm."""
+    return Problem(path, Reason.STRAY_FILE, detail)
+
+
+def join(folder: str, name: str) -> str:
+    """A relative path with '/' between the parts."""
+    return f"{folder}/{name}" if folder else name
+
+
+def leaves_directory(name: str) -> bool:
+    """Whether a name out of a table would lead out of the folder that it is looked up in."""
+    posix, windows = PurePosixPath(name), PureWindowsPath(name)
+    return bool(windows.anchor) or posix.is_absolute() or ".." in (*posix.parts, *windows.parts)
+
+
+def has_image_suffix(name: str) -> bool:
+    """Whether a file is named *.dcm or the like."""
+    stem, _, suffix = name.rpartition(".")
+    return bool(stem) and suffix.lower() in _IMAGE_SUFFIXES
+
+
+def may_be_image(name: str) -> bool:
+    """Whether a file may be a DICOM image by its name: `has_image_suffix`, or it has no suffix.
+
+    Digits after the last point are no suffix but the end of a UID.
+    """
+    if name.startswith(".") or name.upper() == "DICOMDIR":
+        return False
+    suffix = name.rpartition(".")[2].lower() if "." in name else ""
+    return not suffix or suffix in _IMAGE_SUFFIXES or suffix.isdigit()
+
+
+def natural_key(name: str) -> NaturalKey:
+    """Sorts numbers inside a name as integers: P2 before P10."""
+    parts = _DIGITS.split(name)
+    return tuple(int(part) if k % 2 else part.casefold() for k, part in enumerate(parts)), name
+
+
+def canonical_name(name: str) -> CanonicalName:
+    """Words and numbers of a name, without case, padding and punctuation.
+
+    'SC-HF-I-01', 'SC-HF-I-1' and 'sc_hf_i_001' are one name, 'SC-HF-I-10' is another.
+    """
+    parts = _WORD_OR_NUMBER.findall(name)
+    return tuple(int(part) if part[0] in "0123456789" else part.casefold() for part in parts) or (
+        name,
+    )

@@ -1,0 +1,485 @@
+"""Numbers out of text: contour files and decimal strings, parsed in compiled code without the GIL.
+
+The kernels know the usual spelling and no more. Whatever they do not know for certain (an
+over-long number, a word, a file that cannot be opened) goes to plain Python, which decides it and
+words the error; so there is one place that says what is valid, and it is easy to read.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import stat
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel_dicomseg import posix
+from parallel_dicomseg.jit import kernel
+from parallel_dicomseg.records import Float64, Int64
+
+#: Larger files are refused: no outline drawn on an image needs a hundredth of this.
+MAX_CONTOUR_FILE_BYTES = 16 * 2**20
+
+_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_BLANKS = b" \t\v\f"
+_NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
+_VALUE = re.compile(rb"[^\s,\\]*")
+_SEPARATOR = re.compile(rb"[ \t\v\f]*,[ \t\v\f]*|[ \t\v\f]+")
+
+_POWERS_OF_TEN = 10.0 ** np.arange(23)
+"""Exact: 10**22 is the largest power of ten that a float64 holds without rounding."""
+_POWERS_OF_FIVE = 5 ** np.arange(27, dtype=np.int64)
+"""5**26 < 2**62, so that a remainder can be doubled in an int64."""
+
+_DIGEST_SEED = np.uint64(0x9E3779B97F4A7C15)
+_DIGEST_FACTOR = np.uint64(0xD6E8FEB86659FD93)
+_ZERO, _ONE, _EIGHT, _HALF = np.uint64(0), np.uint64(1), np.uint64(8), np.uint64(32)
+
+
+@dataclass(frozen=True, slots=True)
+class ContourFiles:
+    """The outlines of r text files, flat, as the files have them."""
+
+    points_column_row: Float64
+    """(p, 2) pixels, column first; the first point repeated at the end is left out."""
+    offsets: Int64
+    """(r + 1,) file k is points[offsets[k]:offsets[k + 1]]; no points where it has an error."""
+    digest: NDArray[np.uint64]
+    """(r,) digest of each file's raw bytes; 0 only where the file could not be read."""
+    errors: tuple[tuple[int, str], ...]
+    """Index of the file and what is wrong with it; the text names no path."""
+
+
+def parse_decimals(raw: NDArray[np.uint8]) -> Float64:
+    r"""All decimal numbers in raw text bytes, each bit-equal to Python's `float` of its token.
+
+    Parameters
+    ----------
+    raw : (b,) uint8
+        ASCII text; values stand apart by white space, or by one comma or backslash with or without
+        white space round it. DICOM decimal strings (PS3.5 6.2, VR DS) are such text.
+
+    Returns
+    -------
+    (n,) float64
+
+    Raises
+    ------
+    ValueError
+        If a value is empty, not a number or not finite: its place, line and text are named.
+
+    Notes
+    -----
+    Up to 15 digits take the exact division by a power of ten of Clinger (1990), up to 17 an
+    integer division; the rare rest is left to Python.
+    """
+    values, starts, known = _decimals(np.ascontiguousarray(raw))
+    unknown = np.flatnonzero(~known).tolist()
+    if unknown:
+        text = raw.tobytes()
+        for index in unknown:
+            values[index] = _decided(text, index, int(starts[index]))
+    return values
+
+
+def read_contour_files(paths: Sequence[str]) -> ContourFiles:
+    """Read text files of one outline each: a line per point, column then row.
+
+    A line is two numbers separated by white space or one comma. Blank lines, any kind of line end,
+    a UTF-8 byte order mark and the first point repeated at the end are tolerated. Anything else,
+    and fewer than three points, is an error of that file, never of the call.
+
+    Parameters
+    ----------
+    paths : sequence of str
+        r paths that can be opened from here.
+
+    Returns
+    -------
+    ContourFiles
+    """
+    if not posix.AVAILABLE:
+        return _joined([_read_outline(path) for path in paths])
+    points, offsets, digest, known = _read_outlines(*posix.pack_paths(paths))
+    if known.all():
+        return ContourFiles(points, offsets, digest, ())
+    return _joined(
+        [
+            _Outline(points[start:stop], value) if good else _read_outline(path)
+            for path, (start, stop), value, good in zip(
+                paths, pairwise(offsets.tolist()), digest.tolist(), known.tolist(), strict=True
+            )
+        ]
+    )
+
+
+def parse_contour(raw: bytes) -> Float64:
+    """The outline in the bytes of one contour file; the plain twin of the kernel.
+
+    Returns
+    -------
+    (p, 2) float64
+        Column and row of each point, p >= 3, without a closing repetition of the first.
+
+    Raises
+    ------
+    ValueError
+        Naming the line and its text, or the number of points.
+    """
+    lines = raw.removeprefix(_BYTE_ORDER_MARK).splitlines()
+    points = [
+        _point(line.strip(_BLANKS), number)
+        for number, line in enumerate(lines, start=1)
+        if line.strip(_BLANKS)
+    ]
+    if not points:
+        raise ValueError("the file is empty")
+    if len(points) > 1 and points[0] == points[-1]:
+        points.pop()
+    if len(points) < 3:
+        raise ValueError(f"{len(points)} point(s), a closed outline needs 3")
+    return np.array(points, dtype=np.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class _Outline:
+    """One contour file as read."""
+
+    points: Float64
+    digest: int
+    error: str = ""
+
+
+def _read_outline(path: str) -> _Outline:
+    """One contour file by plain Python: the twin of `_read_outlines`, and what words the errors."""
+    nothing = np.empty((0, 2), dtype=np.float64)
+    try:
+        raw = _read_small_file(path)
+    except OSError as error:
+        return _Outline(nothing, 0, f"cannot be read: {error.strerror}")
+    except ValueError as error:
+        return _Outline(nothing, 0, str(error))
+    digest = int(digest_bytes(np.frombuffer(bytearray(raw), dtype=np.uint8)))
+    try:
+        return _Outline(parse_contour(raw), digest)
+    except ValueError as error:
+        return _Outline(nothing, digest, str(error))
+
+
+def _read_small_file(path: str) -> bytes:
+    """The bytes of a regular file within the size limit; anything else is an error."""
+    with os.fdopen(os.open(path, _OPEN_FLAGS), "rb") as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise ValueError("not a regular file")
+        if status.st_size > MAX_CONTOUR_FILE_BYTES:
+            raise ValueError(
+                f"too large for a contour file: {status.st_size} bytes, "
+                f"limit {MAX_CONTOUR_FILE_BYTES}"
+            )
+        return file.read(MAX_CONTOUR_FILE_BYTES)
+
+
+def _joined(outlines: list[_Outline]) -> ContourFiles:
+    """Outlines one after another."""
+    sizes = [len(outline.points) for outline in outlines]
+    return ContourFiles(
+        points_column_row=np.concatenate(
+            [np.empty((0, 2), dtype=np.float64), *(outline.points for outline in outlines)]
+        ),
+        offsets=np.concatenate(([0], np.cumsum(sizes))).astype(np.int64),
+        digest=np.array([outline.digest for outline in outlines], dtype=np.uint64),
+        errors=tuple((k, outline.error) for k, outline in enumerate(outlines) if outline.error),
+    )
+
+
+def _point(line: bytes, number: int) -> tuple[float, float]:
+    """Column and row on a line that is not blank."""
+    fields = _SEPARATOR.split(line)
+    if len(fields) != 2:
+        raise ValueError(
+            f"line {number}: {len(fields)} value(s), 2 are needed (column row): {_shown(line)}"
+        )
+    try:
+        return _number(fields[0]), _number(fields[1])
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from None
+
+
+def _decided(text: bytes, index: int, start: int) -> float:
+    """The value that starts at `start`, where the kernel was not certain."""
+    found = _VALUE.match(text, start)
+    try:
+        return _number(found.group() if found else b"")
+    except ValueError as error:
+        line = text.count(b"\n", 0, start) + 1
+        raise ValueError(f"value {index + 1} (line {line}): {error}") from None
+
+
+def _number(token: bytes) -> float:
+    """Python's float of a plain decimal number; no names, underscores or overflow."""
+    if not token:
+        raise ValueError("empty, a number is needed")
+    if not _NUMBER.fullmatch(token):
+        finite = "finite " if token.lstrip(b"+-").lower() in (b"nan", b"inf", b"infinity") else ""
+        raise ValueError(f"{_shown(token)} is not a {finite}number")
+    value = float(token)
+    if not math.isfinite(value):
+        raise ValueError(f"{_shown(token)} is not a finite number")
+    return value
+
+
+def _shown(token: bytes) -> str:
+    """The start of a piece of input, fit to print."""
+    shown = ascii(token[:24].decode("utf-8", "replace"))
+    return shown + "..." if len(token) > 24 else shown
+
+
+@kernel
+def _divided(mantissa: int, places: int) -> float:
+    """`mantissa / 10**places` correctly rounded, for 0 < mantissa < 10**18 and 0 <= places <= 26.
+
+    Long division by 5**places until the quotient has 53 bits, one to round and one that stands for
+    all the rest ("sticky"); its conversion to float64 is then the only rounding.
+    """
+    divisor = _POWERS_OF_FIVE[places]
+    quotient = mantissa // divisor
+    remainder = mantissa - quotient * divisor
+    exponent = -places
+    while quotient < 1 << 54:
+        remainder <<= 1
+        quotient <<= 1
+        exponent -= 1
+        if remainder >= divisor:
+            remainder -= divisor
+            quotient |= 1
+    if remainder > 0:
+        quotient |= 1
+    return math.ldexp(float(quotient), exponent)
+
+
+@kernel
+def _composed(mantissa: int, exponent: int) -> tuple[float, bool]:
+    """`mantissa * 10**exponent`, and whether this is certainly the nearest float64."""
+    if mantissa <= 1 << 53 and -22 <= exponent <= 22:
+        if exponent < 0:
+            return mantissa / _POWERS_OF_TEN[-exponent], True
+        return mantissa * _POWERS_OF_TEN[exponent], True
+    if -26 <= exponent <= 0 and mantissa > 0:
+        return _divided(mantissa, -exponent), True
+    return 0.0, False
+
+
+@kernel
+def _scan_exponent(raw: NDArray[np.uint8], start: int, stop: int) -> tuple[int, int]:
+    """The integer after an 'e' and where it ends; it ends at `start` if there is none."""
+    position = start
+    sign = 1
+    if position < stop and (raw[position] == ord("-") or raw[position] == ord("+")):
+        sign = -1 if raw[position] == ord("-") else 1
+        position += 1
+    first = position
+    power = 0
+    while position < stop and ord("0") <= raw[position] <= ord("9"):
+        # Saturates far outside of what a float64 can hold.
+        power = min(power * 10 + int(raw[position]) - ord("0"), 10**6)
+        position += 1
+    return sign * power, (start if position == first else position)
+
+
+@kernel
+def _scan_number(raw: NDArray[np.uint8], start: int, stop: int) -> tuple[float, int, bool]:
+    """The decimal number at `raw[start:stop]`: value, where it ends, whether that is certain."""
+    position = start
+    negative = raw[position] == ord("-")
+    if negative or raw[position] == ord("+"):
+        position += 1
+    mantissa = 0
+    digits = 0
+    exponent = 0
+    step = 0
+    while position < stop:
+        digit = int(raw[position]) - ord("0")
+        if 0 <= digit <= 9:
+            mantissa = mantissa * 10 + digit
+            digits += 1
+            exponent -= step
+        elif raw[position] == ord(".") and step == 0:
+            step = 1
+        else:
+            break
+        position += 1
+    # Beyond 18 digits the mantissa may have overflowed.
+    if digits < 1 or digits > 18:
+        return 0.0, position, False
+    if position < stop and (raw[position] == ord("e") or raw[position] == ord("E")):
+        power, end = _scan_exponent(raw, position + 1, stop)
+        if end == position + 1:
+            return 0.0, position, False
+        position = end
+        exponent += power
+    value, certain = _composed(mantissa, exponent)
+    return (-value if negative else value), position, certain
+
+
+@kernel
+def _is_blank(character: int) -> bool:
+    """Space, tab, vertical tab, form feed."""
+    return character in (32, 9, 11, 12)
+
+
+@kernel
+def _is_line_end(character: int) -> bool:
+    """Line feed or carriage return."""
+    return character in (10, 13)
+
+
+@kernel
+def _skip_space(raw: NDArray[np.uint8], start: int, stop: int, line_ends: bool) -> int:
+    """The first position that is not blank (nor, where wanted, a line end)."""
+    position = start
+    while position < stop and (
+        _is_blank(raw[position]) or (line_ends and _is_line_end(raw[position]))
+    ):
+        position += 1
+    return position
+
+
+@kernel
+def _decimals(
+    raw: NDArray[np.uint8],
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
+    """Values, where each starts, and whether it is certain; see `parse_decimals`."""
+    stop = raw.size
+    values = np.empty(stop + 1, np.float64)
+    starts = np.empty(stop + 1, np.int64)
+    known = np.empty(stop + 1, np.bool_)
+    count = 0
+    position = _skip_space(raw, 0, stop, True)
+    expected = position < stop
+    while expected:
+        starts[count] = position
+        known[count] = False
+        if position < stop:
+            values[count], position, known[count] = _scan_number(raw, position, stop)
+        while position < stop and not (
+            raw[position] == ord(",")
+            or raw[position] == ord("\\")
+            or _is_blank(raw[position])
+            or _is_line_end(raw[position])
+        ):
+            known[count] = False
+            position += 1
+        count += 1
+        position = _skip_space(raw, position, stop, True)
+        expected = position < stop
+        if expected and (raw[position] == ord(",") or raw[position] == ord("\\")):
+            position = _skip_space(raw, position + 1, stop, True)
+    return values[:count].copy(), starts[:count].copy(), known[:count].copy()
+
+
+@kernel
+def _parse_outline(
+    raw: NDArray[np.uint8], length: int, points: NDArray[np.float64], first: int
+) -> int:
+    """Write the outline in `raw[:length]` to `points[first:]`; the row after it.
+
+    -1 where the text is not certainly a good outline: `parse_contour` decides.
+    """
+    position = 0
+    if length >= 3 and raw[0] == 0xEF and raw[1] == 0xBB and raw[2] == 0xBF:
+        position = 3
+    row = first
+    while True:
+        position = _skip_space(raw, position, length, True)
+        if position == length:
+            break
+        points[row, 0], end, certain = _scan_number(raw, position, length)
+        position = _skip_space(raw, end, length, False)
+        if position < length and raw[position] == ord(","):
+            position = _skip_space(raw, position + 1, length, False)
+        if not certain or position in (end, length):
+            return -1
+        points[row, 1], end, certain = _scan_number(raw, position, length)
+        position = _skip_space(raw, end, length, False)
+        if not certain or (position < length and not _is_line_end(raw[position])):
+            return -1
+        row += 1
+    if row - first > 1 and np.all(points[row - 1] == points[first]):
+        row -= 1
+    return row if row - first >= 3 else -1
+
+
+@kernel
+def digest_bytes(raw: NDArray[np.uint8]) -> np.uint64:
+    """64-bit digest of a contiguous array of bytes, never 0: FNV-1a over words, well stirred.
+
+    It tells files apart that differ by accident (not by malice), on every machine of one byte
+    order alike.
+    """
+    state = _DIGEST_SEED ^ np.uint64(raw.size)
+    whole = raw.size // 8
+    words = raw[: 8 * whole].view(np.uint64)
+    for k in range(whole):
+        state = (state ^ words[k]) * _DIGEST_FACTOR
+        state ^= state >> _HALF
+    tail = _ZERO
+    for k in range(8 * whole, raw.size):
+        tail = (tail << _EIGHT) | np.uint64(raw[k])
+    state = (state ^ tail) * _DIGEST_FACTOR
+    state ^= state >> _HALF
+    return max(state * _DIGEST_FACTOR, _ONE)
+
+
+@kernel
+def _read_whole(
+    packed: NDArray[np.uint8], start: int, buffer: NDArray[np.uint8]
+) -> tuple[int, NDArray[np.uint8]]:
+    """Bytes in the file, or -1, and the buffer that holds them (a larger one where needed)."""
+    descriptor = posix.open_read_only(packed, start)
+    if descriptor < 0:
+        return -1, buffer
+    size = posix.file_size(descriptor)
+    length = -1
+    if 0 <= size <= MAX_CONTOUR_FILE_BYTES:
+        if size > buffer.size:
+            buffer = np.empty(2 * size, np.uint8)
+        length = posix.read_at(descriptor, buffer, size, 0)
+    posix.close(descriptor)
+    return (length if length == size else -1), buffer
+
+
+@kernel
+def _read_outlines(
+    packed: NDArray[np.uint8], starts: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.uint64], NDArray[np.bool_]]:
+    """Read and parse all files in one call: points, offsets, digests, and which are certain."""
+    files = starts.size
+    offsets = np.zeros(files + 1, np.int64)
+    digest = np.zeros(files, np.uint64)
+    known = np.zeros(files, np.bool_)
+    points = np.empty((512 * files + 4096, 2), np.float64)
+    buffer = np.empty(1 << 16, np.uint8)
+    for k in range(files):
+        count = offsets[k]
+        offsets[k + 1] = count
+        length, buffer = _read_whole(packed, starts[k], buffer)
+        if length < 0:
+            continue
+        # The shortest point takes four bytes ("1 2" and a line end), the last one three.
+        if count + length // 4 + 2 > points.shape[0]:
+            larger = np.empty((2 * points.shape[0] + length // 4, 2), np.float64)
+            larger[:count] = points[:count]
+            points = larger
+        digest[k] = digest_bytes(buffer[:length])
+        row = _parse_outline(buffer, length, points, count)
+        if row >= 0:
+            known[k] = True
+            offsets[k + 1] = row
+    return points[: offsets[files]].copy(), offsets, digest, known

@@ -1,0 +1,129 @@
+"""Chunk bytes against the slow twin, HDF5's own filters and what HDF5 itself would write."""
+
+import io
+
+import h5py
+import hdf5plugin
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+from parallel_dicomseg.codec import (
+    CODECS,
+    DEFLATE_LEVEL,
+    decode,
+    encode,
+    filters,
+    mirror_codec,
+    shuffle_bytes,
+    unshuffle_bytes,
+)
+
+DTYPES = ("|u1", "<i2", "<u2", "<u4", "<f4", "<u8")
+
+images = st.sampled_from(DTYPES).flatmap(
+    lambda dtype: arrays(dtype, st.tuples(*[st.integers(1, 9)] * 3))
+)
+
+
+def smooth(dtype):
+    """Two slices that look like something and compress."""
+    rows, columns = np.mgrid[:32, :48]
+    return np.stack([rows * columns, rows + columns]).astype(dtype)
+
+
+@given(images, st.sampled_from(CODECS))
+def test_chunks_decode_to_what_was_encoded(array, codec):
+    """Every codec gives back every bit, NaNs among them."""
+    out = np.empty_like(array[0])
+
+    for plain, chunk in zip(array, encode(array, codec), strict=True):
+        decode(chunk, codec, out)
+
+        assert out.tobytes() == plain.tobytes()
+
+
+@given(arrays(st.sampled_from(["<u2", "<u4", "<u8"]), st.tuples(*[st.integers(1, 9)] * 2)))
+def test_shuffle_groups_bytes_by_their_place(elements):
+    """The kernel equals a transpose of the bytes, and can be undone."""
+    out = np.empty((len(elements), elements.shape[1] * elements.itemsize), np.uint8)
+
+    shuffle_bytes(elements, out)
+
+    twin = elements.view(np.uint8).reshape(*elements.shape, -1).transpose(0, 2, 1)
+    assert out.tobytes() == np.ascontiguousarray(twin).tobytes()
+    undone = np.empty_like(elements[0])
+    unshuffle_bytes(out[0], undone)
+    assert undone.tolist() == elements[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", CODECS)
+def test_hdf5_decodes_the_chunks_with_its_own_filters(codec, dtype):
+    """A chunk written raw into a dataset with these filters reads back through plain h5py."""
+    assert hdf5plugin  # registers blosc
+    array = smooth(dtype)
+    with h5py.File(io.BytesIO(), "w") as file:
+        properties = h5py.h5p.create(h5py.h5p.DATASET_CREATE)
+        properties.set_chunk((1, 32, 48))
+        for stage in filters(codec, array.itemsize, array[0].nbytes):
+            properties.set_filter(stage.number, h5py.h5z.FLAG_OPTIONAL, stage.values)
+        space = h5py.h5s.create_simple(array.shape)
+        kind = h5py.h5t.py_create(array.dtype)
+        dataset = h5py.h5d.create(file.id, b"x", kind, space, properties)
+        for row, chunk in enumerate(encode(array, codec)):
+            dataset.write_direct_chunk((row, 0, 0), chunk)
+
+        np.testing.assert_array_equal(file["x"][:], array)
+
+
+@pytest.mark.parametrize(("codec", "level"), [("lz4", 5), ("zstd", 1)])
+def test_blosc_chunks_are_what_hdf5_would_have_written(codec, level):
+    """Byte for byte the output of the HDF5 filter plugin, and the same client data."""
+    array = smooth("<i2")
+    blosc = hdf5plugin.Blosc(cname=codec, clevel=level, shuffle=hdf5plugin.Blosc.BITSHUFFLE)
+    with h5py.File(io.BytesIO(), "w") as file:
+        dataset = file.create_dataset("x", data=array, chunks=(1, 32, 48), **blosc)
+        _, written = dataset.id.read_direct_chunk((0, 0, 0))
+        number, _, values, _ = dataset.id.get_create_plist().get_filter(0)
+
+    assert encode(array, codec)[0] == written
+    (stage,) = filters(codec, 2, array[0].nbytes)
+    assert (number, values) == (stage.number, stage.values)
+
+
+def test_scratch_changes_nothing():
+    """Room handed in for the shuffled bytes gives the same chunks."""
+    array = smooth("<i2")
+    room = np.empty((2, array[0].nbytes), np.uint8)
+
+    assert encode(array, "deflate", room) == encode(array, "deflate")
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_broken_chunks_are_errors_that_say_so(codec):
+    """Garbage, and a chunk of another size, never come back as pixels."""
+    array = smooth("<i2")
+    (small,) = encode(np.ascontiguousarray(array[:1, :8]), codec)
+
+    with pytest.raises(ValueError, match="the chunk"):
+        decode(small, codec, np.empty_like(array[0]))
+    with pytest.raises(ValueError, match="the chunk"):
+        decode(b"\x07garbage that is no stream", codec, np.empty_like(array[0]))
+
+
+def test_mirror_shares_bytes_where_zarr_has_the_codec():
+    """Only deflate, whose byte shuffle is no core codec of zarr v3, is encoded again."""
+    assert {codec: mirror_codec(codec) for codec in CODECS} == {
+        "deflate": "lz4",
+        "lz4": "lz4",
+        "zstd": "zstd",
+        "none": "none",
+    }
+
+
+def test_deflate_level_is_the_one_in_the_filter():
+    """What the file says about its deflate level is the level that was used."""
+    assert filters("deflate", 2, 4)[1].values == (DEFLATE_LEVEL,)
