@@ -181,7 +181,7 @@ class Checks:
 
     max_mask_fraction: float = 0.5
     """A mask that covers more of the image than this is flagged."""
-    max_ellipse_residual: float = 0.15
+    max_ellipse_residual: float = 0.1
     """A ring whose distance from its best ellipse (RMS, in mean radii) is larger is flagged."""
     max_outside_fraction: float = 0.01
     """An inner structure with more of its pixels than this outside its outer one is flagged."""
