@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.jit import kernel
-from parallel_dicomseg.posix import close, file_size, open_read_only, pack_paths, read_at
+from parallel_dicomseg.posix import AVAILABLE, close, file_size, open_read_only, pack_paths, read_at
 from parallel_dicomseg.records import (
     Bytes,
     Float64,
@@ -350,7 +350,9 @@ def _text_column(values: UInt8, spans: Int64) -> Bytes:
     width = max(int(spans[:, 1].max(initial=0)), 1)
     out = np.empty((len(spans), width), np.uint8)
     _gather(values, spans, 0, out)
-    return out.view(f"S{width}")[:, 0]
+    padded: Bytes = out.view(f"S{width}")[:, 0]
+    # The padding of the file is not part of the value, so it does not widen the column either.
+    return padded.astype(f"S{max(int(np.char.str_len(padded).max(initial=1)), 1)}")
 
 
 def _short_column(values: UInt8, spans: Int64, absent: int) -> Int64:
@@ -410,8 +412,11 @@ def scan_headers(
     pixels = np.full((n, 2), -1, np.int64)
     sizes = np.zeros(n, np.int64)
     status = np.zeros(n, np.int64)
-    packed, offsets = pack_paths([os.path.join(root, path) for path in paths])  # noqa: PTH118
-    _walk_files(packed, offsets, _WANTED, _LONG_VR, sizes, status, values, spans, pixels)
+    if AVAILABLE:
+        packed, offsets = pack_paths([os.path.join(root, path) for path in paths])  # noqa: PTH118
+        _walk_files(packed, offsets, _WANTED, _LONG_VR, sizes, status, values, spans, pixels)
+    else:
+        status[:] = _SLOW
     columns = _columns(values, spans)
     columns["file_size"] = sizes
     columns["pixel_offset"] = pixels[:, 0]

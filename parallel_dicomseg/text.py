@@ -37,9 +37,10 @@ _POWERS_OF_TEN = 10.0 ** np.arange(23)
 _POWERS_OF_FIVE = 5 ** np.arange(27, dtype=np.int64)
 """5**26 < 2**62, so that a remainder can be doubled in an int64."""
 
-_DIGEST_SEED = np.uint64(0x9E3779B97F4A7C15)
-_DIGEST_FACTOR = np.uint64(0xD6E8FEB86659FD93)
-_ZERO, _ONE, _EIGHT, _HALF = np.uint64(0), np.uint64(1), np.uint64(8), np.uint64(32)
+# Odd factors of XXH64 (Collet 2012).
+_PRIME_1 = np.uint64(0x9E3779B185EBCA87)
+_PRIME_2 = np.uint64(0xC2B2AE3D27D4EB4F)
+_ONE, _EIGHT, _TURN, _REST, _HALF = (np.uint64(bits) for bits in (1, 8, 27, 37, 32))
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,8 +175,9 @@ def _read_outline(path: str) -> _Outline:
 
 def _read_small_file(path: str) -> bytes:
     """The bytes of a regular file within the size limit; anything else is an error."""
-    with os.fdopen(os.open(path, _OPEN_FLAGS), "rb") as file:
-        status = os.fstat(file.fileno())
+    descriptor = os.open(path, _OPEN_FLAGS)
+    try:
+        status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
             raise ValueError("not a regular file")
         if status.st_size > MAX_CONTOUR_FILE_BYTES:
@@ -183,7 +185,10 @@ def _read_small_file(path: str) -> bytes:
                 f"too large for a contour file: {status.st_size} bytes, "
                 f"limit {MAX_CONTOUR_FILE_BYTES}"
             )
-        return file.read(MAX_CONTOUR_FILE_BYTES)
+        with os.fdopen(descriptor, "rb", closefd=False) as file:
+            return file.read(MAX_CONTOUR_FILE_BYTES)
+    finally:
+        os.close(descriptor)
 
 
 def _joined(outlines: list[_Outline]) -> ContourFiles:
@@ -417,24 +422,30 @@ def _parse_outline(
 
 
 @kernel
-def digest_bytes(raw: NDArray[np.uint8]) -> np.uint64:
-    """64-bit digest of a contiguous array of bytes, never 0: FNV-1a over words, well stirred.
+def _stirred(state: np.uint64, word: np.uint64) -> np.uint64:
+    """The state after one more word: a bijection of either, as in the tail of XXH64."""
+    state ^= word * _PRIME_2
+    return ((state << _TURN) | (state >> _REST)) * _PRIME_1
 
-    It tells files apart that differ by accident (not by malice), on every machine of one byte
-    order alike.
+
+@kernel
+def digest_bytes(raw: NDArray[np.uint8]) -> np.uint64:
+    """64-bit digest of a contiguous array of bytes, never 0.
+
+    It tells files apart that differ by accident, not by malice; the same on all machines of one
+    byte order.
     """
-    state = _DIGEST_SEED ^ np.uint64(raw.size)
     whole = raw.size // 8
     words = raw[: 8 * whole].view(np.uint64)
+    state = np.uint64(raw.size) * _PRIME_1
     for k in range(whole):
-        state = (state ^ words[k]) * _DIGEST_FACTOR
-        state ^= state >> _HALF
-    tail = _ZERO
+        state = _stirred(state, words[k])
+    tail = _ONE
     for k in range(8 * whole, raw.size):
         tail = (tail << _EIGHT) | np.uint64(raw[k])
-    state = (state ^ tail) * _DIGEST_FACTOR
-    state ^= state >> _HALF
-    return max(state * _DIGEST_FACTOR, _ONE)
+    state = _stirred(state, tail)
+    state = (state ^ (state >> _HALF)) * _PRIME_2
+    return max(state ^ (state >> _HALF), _ONE)
 
 
 @kernel

@@ -16,6 +16,7 @@ from parallel_dicomseg import (
     ConvertOptions,
     ScanOptions,
     convert_cohort,
+    dicom,
     open_dataset,
     scan_cohort,
     verify_file,
@@ -410,3 +411,13 @@ def test_paths_with_odd_characters_survive(cohort_directory, tmp_path):
     shutil.move(cohort_directory, strange)
 
     assert convert(strange, Path(tmp_path) / "x.h5").slices == 12
+
+
+def test_pydicom_alone_gives_the_very_same_file(original, tmp_path, monkeypatch):
+    """The slow path through pydicom, where there is no fast one, changes no byte."""
+    convert(original[0], tmp_path / "fast.h5")
+    monkeypatch.setattr(dicom, "AVAILABLE", False)
+
+    convert(original[0], tmp_path / "slow.h5")
+
+    assert (tmp_path / "slow.h5").read_bytes() == (tmp_path / "fast.h5").read_bytes()

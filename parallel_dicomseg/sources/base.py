@@ -10,7 +10,7 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath, PureWindowsPath
+from pathlib import Path
 from typing import Protocol
 
 from parallel_dicomseg.errors import LayoutError
@@ -129,18 +129,14 @@ def scan_folder(root: str, path: str) -> Folder:
     try:
         with os.scandir(f"{root}/{path}") as entries:
             for entry in entries:
-                if entry.is_symlink():
-                    problem = _judge_link(root, path, entry)
-                    if problem:
-                        problems.append(problem)
-                    else:
-                        files.append(entry.name)
+                if entry.is_file(follow_symlinks=False):
+                    files.append(entry.name)
                 elif entry.is_dir(follow_symlinks=False):
                     folders.append(entry.name)
-                elif entry.is_file(follow_symlinks=False):
-                    files.append(entry.name)
+                elif problem := _judge_other(root, path, entry):
+                    problems.append(problem)
                 else:
-                    problems.append(stray(join(path, entry.name), "not a regular file"))
+                    files.append(entry.name)
     except OSError as error:
         detail = f"the folder cannot be listed: {error.strerror}"
         problems.append(Problem(path or ".", Reason.UNREADABLE_FILE, detail))
@@ -157,10 +153,12 @@ def walk(root: str, path: str) -> Iterator[Folder]:
         yield folder
 
 
-def _judge_link(root: str, path: str, entry: os.DirEntry[str]) -> Problem | None:
-    """What is wrong with a symbolic link; None for a link to a file inside the data directory."""
-    target = Path(os.path.realpath(entry.path))
+def _judge_other(root: str, path: str, entry: os.DirEntry[str]) -> Problem | None:
+    """What is wrong with a link or a device; None for a link to a file inside the directory."""
     place = join(path, entry.name)
+    if not entry.is_symlink():
+        return stray(place, "not a regular file")
+    target = Path(os.path.realpath(entry.path))
     if not target.is_relative_to(root):
         detail = "a link that leaves the data directory is not followed"
         return Problem(place, Reason.OUTSIDE_DATA_DIRECTORY, detail)
@@ -179,14 +177,14 @@ def join(folder: str, name: str) -> str:
 
 def leaves_directory(name: str) -> bool:
     """Whether a name out of a table would lead out of the folder that it is looked up in."""
-    posix, windows = PurePosixPath(name), PureWindowsPath(name)
-    return bool(windows.anchor) or posix.is_absolute() or ".." in (*posix.parts, *windows.parts)
+    parts = name.replace("\\", "/").split("/")
+    return ".." in parts or (len(parts) > 1 and not parts[0]) or ":" in name
 
 
 def has_image_suffix(name: str) -> bool:
     """Whether a file is named *.dcm or the like."""
     stem, _, suffix = name.rpartition(".")
-    return bool(stem) and suffix.lower() in _IMAGE_SUFFIXES
+    return not name.startswith(".") and bool(stem) and suffix.lower() in _IMAGE_SUFFIXES
 
 
 def may_be_image(name: str) -> bool:
@@ -194,10 +192,10 @@ def may_be_image(name: str) -> bool:
 
     Digits after the last point are no suffix but the end of a UID.
     """
-    if name.startswith(".") or name.upper() == "DICOMDIR":
-        return False
-    suffix = name.rpartition(".")[2].lower() if "." in name else ""
-    return not suffix or suffix in _IMAGE_SUFFIXES or suffix.isdigit()
+    stem, _, suffix = name.rpartition(".")
+    if not stem:
+        return "." not in name and name.upper() != "DICOMDIR"
+    return not name.startswith(".") and (suffix.lower() in _IMAGE_SUFFIXES or suffix.isdigit())
 
 
 def natural_key(name: str) -> NaturalKey:

@@ -195,21 +195,27 @@ def _by_number(
 def _judge(outline: Outline, leaders: Sequence[_Series], images: _Images) -> int | Problem:
     """The row that an outline lies on, or why there is none."""
     number = outline.number
+    if len(leaders) == 1:
+        found = leaders[0].readable.get(number, ())
+        if len(found) == 1 and number not in leaders[0].unreadable:
+            return found[0]
+    return _not_paired(outline, leaders, images)
+
+
+def _not_paired(outline: Outline, leaders: Sequence[_Series], images: _Images) -> Problem:
+    """Why an outline lies on no image: none has its number, or more than one."""
+    number = outline.number
     rows = [row for one in leaders for row in one.readable.get(number, ())]
-    lost = {path for one in leaders for path in one.unreadable.get(number, ())}
-    if len(rows) == 1 and not lost and len(leaders) == 1:
-        return rows[0]
+    lost = sorted({path for one in leaders for path in one.unreadable.get(number, ())})
     if not rows and not lost:
         places = ", ".join(f"{one.folder} ({one.size} images)" for one in leaders) or "any folder"
         detail = f"no image has the number {number} in {places}"
         return Problem(outline.path, Reason.CONTOUR_WITHOUT_IMAGE, detail)
     if not rows and len(leaders) == 1:
-        detail = f"the image with the number {number} could not be read: {', '.join(sorted(lost))}"
+        detail = f"the image with the number {number} could not be read: {', '.join(lost)}"
         return Problem(outline.path, Reason.CONTOUR_WITHOUT_IMAGE, detail)
     why = "" if len(leaders) == 1 else f"{len(leaders)} series carry equally many contours; "
-    named = [_described(row, images) for row in rows] + [
-        f"{path} (unread)" for path in sorted(lost)
-    ]
+    named = [_described(row, images) for row in rows] + [f"{path} (unread)" for path in lost]
     detail = f"{why}for number {number} there are: {', '.join(named)}"
     return Problem(outline.path, Reason.AMBIGUOUS_IMAGE, detail)
 

@@ -74,9 +74,8 @@ def list_files(root: Path, options: ScanOptions) -> Listing:
         options.contours_sub_dir.strip("/"),
     )
     structures = _choose_structures(drawn, options.structures)
-    outlines, duplicates = _without_duplicates(
-        real_root, [outline for outline in drawn if outline.structure in structures]
-    )
+    chosen = [outline for outline in drawn if outline.structure in structures]
+    outlines, duplicates = _without_duplicates(real_root, chosen)
     annotated = {outline.patient_id for outline in outlines}
     images = [
         (path, patient.patient_id)

@@ -1,0 +1,516 @@
+"""The command line: reads words, calls the rooms below, prints results and ends with a status.
+
+Standard output carries results only; progress, announcements and errors go to standard error.
+Everything heavy is imported by the command that needs it, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import random
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+import numpy as np
+
+from .config import (
+    LEGACY_CONFIG_FILE,
+    SETTINGS,
+    LegacyConfig,
+    Setting,
+    Settings,
+    is_legacy,
+    legacy_values,
+    load_settings,
+    read_legacy_config,
+)
+from .errors import (
+    ConfigurationError,
+    ConversionError,
+    LayoutError,
+    ParallelDicomSegError,
+    VerificationError,
+)
+from .records import Cohort, ContourTable, ConvertOptions, ScanOptions
+from .terminal import (
+    columns_of_text,
+    print_json,
+    render_inventory,
+    render_summary,
+    summarize,
+    take_inventory,
+    watching,
+)
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+FINISHED_SHORT = 1
+"""Exit status of a run that ended, but not with everything that it should have made."""
+CANNOT_START = 2
+INTERRUPTED = 130
+
+
+@contextmanager
+def _exit_statuses() -> Iterator[None]:
+    """End a user's mistake with one line on standard error and the status that it stands for."""
+    try:
+        yield
+    except (ConversionError, VerificationError) as error:
+        message, status = f"error: {error}", FINISHED_SHORT
+    except ParallelDicomSegError as error:
+        message, status = f"error: {error}", CANNOT_START
+    except KeyboardInterrupt:
+        message, status = "interrupted", INTERRUPTED
+    except OSError as error:
+        if error.errno == errno.EPIPE or error.strerror is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        message, status = f"error: {error.strerror}{where}", CANNOT_START
+    else:
+        return
+    click.echo(" ".join(message.split()), err=True)
+    raise click.exceptions.Exit(status)
+
+
+class Command(click.Command):
+    """A command that never ends a user's mistake with a traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command; errors become a line and an exit status."""
+        with _exit_statuses():
+            return super().invoke(ctx)
+
+
+class Group(click.Group):
+    """A group of such commands, listed in the order in which they are used."""
+
+    command_class = Command
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002  # click's signature
+        """Names in the order of definition."""
+        return list(self.commands)
+
+
+def setting_options(*tables: str) -> Callable[[Function], Function]:
+    """Give a command one option for each setting of these tables; equal names share one."""
+    by_name: dict[str, Setting] = {}
+    for setting in SETTINGS.values():
+        if setting.key.partition(".")[0] in tables:
+            by_name[setting.name] = setting
+
+    def decorate(function: Function) -> Function:
+        for setting in reversed(by_name.values()):
+            function = _option(setting)(function)
+        return function
+
+    return decorate
+
+
+def _option(setting: Setting) -> Callable[[Function], Function]:
+    """The command line's option for a setting; None where it is not given."""
+    flag = f"--{setting.name.replace('_', '-')}"
+    says_so = setting.choices or setting.default not in ("", (), 0, False)
+    shown = f"  [default: {setting.default}]" if says_so else ""
+    how: dict[str, Any] = {"default": None, "help": setting.help + shown}
+    if setting.type is bool:
+        flag = f"{flag}/--no-{flag[2:]}"
+    elif setting.type is str and setting.choices:
+        how["type"] = click.Choice([str(choice) for choice in setting.choices])
+    elif setting.choices:
+        how |= {"type": float, "metavar": f"[{'|'.join(f'{c:g}' for c in setting.choices)}]"}
+    elif setting.is_size:
+        how |= {"type": str, "metavar": "SIZE"}
+    elif setting.type in (int, float):
+        how |= {"type": setting.type, "metavar": "N" if setting.type is int else "F"}
+    else:
+        how |= {"type": str, "metavar": "DIR" if setting.key == "convert.zarr" else "NAME"}
+        how["multiple"] = setting.type is not str
+    return click.option(flag, setting.name, **how)
+
+
+def config_options(function: Function) -> Function:
+    """Give a command --config and --show-config."""
+    show = click.option(
+        "--show-config", is_flag=True, help="Print every setting and where it came from, and end."
+    )
+    file = click.option(
+        "--config",
+        metavar="FILE",
+        help="TOML file with [scan], [convert], [convert.checks], or the original config.ini."
+        "  [default: ./parallel_dicomseg.toml or ./config.ini, if there]",
+    )
+    return file(show(function))
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+@click.group(
+    cls=Group,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Exit status:
+  0    everything that was found is in the output
+  1    finished, but more was rejected than --max-rejected allows,
+       or a file does not hold what it should
+  2    cannot start: usage, configuration or input
+  130  interrupted
+
+\b
+Example:
+  parallel-dicomseg demo
+  parallel-dicomseg scan final_data
+  parallel-dicomseg convert final_data -o cohort.h5""",
+)
+@click.version_option(package_name="parallel_dicomseg")
+def main() -> None:
+    """From a folder of DICOM images and somebody's outlines to one HDF5 training set."""
+
+
+@main.command(
+    epilog="""\b
+Example:
+  parallel-dicomseg demo
+  parallel-dicomseg demo /tmp/somewhere"""
+)
+@click.argument("directory", default="parallel_dicomseg_demo", type=click.Path())
+@json_option
+def demo(directory: str, as_json: bool) -> None:
+    """Make a small cohort with known truth, convert it, check it and read it.
+
+    DIRECTORY is made anew each time [default: ./parallel_dicomseg_demo]; a folder that this
+    command did not make is never touched.
+    """
+    from .demo import render_demo, run_demo
+
+    with watching() as watch:
+        result = run_demo(directory, progress=watch)
+    if as_json:
+        print_json(result)
+    else:
+        click.echo(render_demo(result))
+    click.get_current_context().exit(0 if result.sound else FINISHED_SHORT)
+
+
+@main.command(
+    epilog="""\b
+Example:
+  parallel-dicomseg scan final_data
+  parallel-dicomseg scan final_data --structures i --json"""
+)
+@click.argument("data_directory", metavar="SOURCE", required=False, type=click.Path())
+@setting_options("scan")
+@config_options
+@json_option
+def scan(
+    data_directory: str | None,
+    config: str | None,
+    show_config: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """List what is in a folder of images and outlines, and what does not belong together.
+
+    Reads headers only, writes nothing. SOURCE may be left out where a config.ini names it.
+    """
+    settings = _settings("scan", options, config)
+    if show_config:
+        _show_config(settings, "scan", as_json)
+        return
+    from .cohort import scan_cohort
+
+    source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
+    with watching() as watch:
+        cohort = scan_cohort(source, options=settings.scan, progress=watch)
+    inventory = take_inventory(cohort)
+    if as_json:
+        print_json(inventory)
+    else:
+        click.echo(render_inventory(inventory))
+
+
+@main.command(
+    epilog="""\b
+Example:
+  parallel-dicomseg convert final_data -o cohort.h5
+  parallel-dicomseg convert final_data -o cohort.h5 --structures i,o --codec lz4 --zarr cohort.zarr
+  parallel-dicomseg convert final_data -o cohort.h5 --scheduler tcp://127.0.0.1:8786"""
+)
+@click.argument("data_directory", metavar="SOURCE", required=False, type=click.Path())
+@click.option("-o", "--output", metavar="OUT.h5", help="The file to write.")
+@setting_options("scan", "convert")
+@config_options
+@json_option
+def convert(
+    data_directory: str | None,
+    output: str | None,
+    config: str | None,
+    show_config: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Convert a folder of images and outlines to one HDF5 file of images and masks.
+
+    The exit status is 1 when more slices or outlines were rejected than --max-rejected allows;
+    the file is complete without them and says which. SOURCE and -o may be left out where a
+    config.ini names them.
+    """
+    settings = _settings("convert", options, config)
+    if show_config:
+        _show_config(settings, "", as_json)
+        return
+    from .cohort import scan_cohort
+    from .convert import convert_cohort
+
+    source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
+    target = output or _legacy_default(settings, "hdf5_filename", "-o OUT.h5")
+    with watching() as watch:
+        cohort = scan_cohort(source, options=settings.scan, progress=watch)
+        summary = convert_cohort(cohort, target, options=settings.convert, progress=watch)
+    if as_json:
+        print_json(summarize(summary))
+    else:
+        click.echo(render_summary(summary))
+    click.get_current_context().exit(summary.exit_status)
+
+
+@main.command(
+    epilog="""\b
+Example:
+  parallel-dicomseg inspect cohort.h5
+  parallel-dicomseg inspect cohort.h5 --json"""
+)
+@click.argument("file", type=click.Path())
+@json_option
+def inspect(file: str, as_json: bool) -> None:
+    """Say what a finished file holds, how it was made, and what was flagged or rejected."""
+    from rich.console import Console
+
+    from .report.inspection import inspect_file, render
+
+    inspection = inspect_file(file)
+    if as_json:
+        print_json(inspection)
+    else:
+        render(inspection, Console())
+
+
+@main.command(
+    epilog="""\b
+Example:
+  parallel-dicomseg verify cohort.h5"""
+)
+@click.argument("file", type=click.Path())
+@json_option
+def verify(file: str, as_json: bool) -> None:
+    """Read a finished file in full and compare it with its own table.
+
+    The exit status is 1 when something is not as it should be.
+    """
+    from .store import verify_file
+
+    with watching() as watch:
+        found = verify_file(file, progress=watch)
+    if as_json:
+        print_json({"file": file, "slices": found.slices, "problems": found.problems})
+    else:
+        verdict = f"{len(found.problems)} problems" if found.problems else "sound"
+        click.echo(f"{file}: {found.slices} slices read, {verdict}")
+        for problem in found.problems:
+            click.echo(f"  {problem}")
+    click.get_current_context().exit(FINISHED_SHORT if found.problems else 0)
+
+
+@click.command(
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Example:
+  process_dicom_to_hdf5 --data_directory final_data --output_filename cohort.h5
+  process_dicom_to_hdf5 --print_random_image --seed 7""",
+)
+@click.option(
+    "--print_random_image",
+    is_flag=True,
+    help="Convert nothing; save a figure of one random image with its outlines' mask.",
+)
+@click.option(
+    "--data_directory",
+    metavar="D",
+    help="Folder with the link table, dicoms/ and contourfiles/.  [default: from ./config.ini]",
+)
+@click.option("--output_filename", metavar="F", help="Output.  [default: from ./config.ini]")
+@click.option("--seed", type=int, help="Makes the choice of the random image repeatable.")
+def process_dicom_to_hdf5(
+    print_random_image: bool,
+    data_directory: str | None,
+    output_filename: str | None,
+    seed: int | None,
+) -> None:
+    """Convert the images that have outlines in CONTOURS_SUB_DIR, as the original script did.
+
+    Settings come from ./config.ini (section [local]: DATA_DIR_BASE, CONTOURS_SUB_DIR,
+    LINK_FILE_NAME, HDF5_FILENAME) where there is one. An existing output is replaced. Masks follow
+    the rule `center`; the original's own masks are `parallel-dicomseg convert --rule
+    pil-outline0`.
+    """
+    from .cohort import scan_cohort
+    from .convert import convert_cohort
+
+    legacy = _legacy_config(data_directory)
+    base = data_directory or legacy.data_dir_base
+    click.echo(f"Reading from {legacy.link_file_name} file")
+    click.echo(f"Base data directory is {base}")
+    with watching() as watch:
+        cohort = scan_cohort(base, options=_legacy_scan_options(legacy), progress=watch)
+        if not print_random_image:
+            target = output_filename or legacy.hdf5_filename
+            options = ConvertOptions(overwrite=True)
+            summary = convert_cohort(cohort, target, options=options, progress=watch)
+    if print_random_image:
+        click.echo(draw_random_image(cohort, seed))
+    else:
+        click.echo(render_summary(summary))
+        click.echo("Finished.")
+        click.get_current_context().exit(summary.exit_status)
+
+
+# --- settings
+
+
+def _settings(command: str, options: Mapping[str, Any], config: str | None) -> Settings:
+    """The settings of a command whose options were generated from them."""
+    tables = ("scan",) if command == "scan" else ("scan", "convert")
+    overrides = {
+        key: _split(options[setting.name]) if setting.type == tuple[str, ...] else value
+        for key, setting in SETTINGS.items()
+        if key.partition(".")[0] in tables and (value := options[setting.name]) not in (None, ())
+    }
+    settings = load_settings(overrides, config)
+    if settings.file and not config:
+        click.echo(f"settings from {settings.file}", err=True)
+    return settings
+
+
+def _split(values: Iterable[str]) -> tuple[str, ...]:
+    """Names that were given one by one, with commas between them, or both."""
+    return tuple(name.strip() for value in values for name in value.split(","))
+
+
+def _show_config(settings: Settings, table: str, as_json: bool) -> None:
+    """Print each setting, its value and where it came from."""
+    rows = [
+        (key, value, settings.origins[key])
+        for key, value in settings.values.items()
+        if key.startswith(table)
+    ]
+    if as_json:
+        print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})
+    else:
+        click.echo(
+            columns_of_text([(key, json.dumps(value), origin) for key, value, origin in rows])
+        )
+
+
+def _legacy_default(settings: Settings, name: str, missing: str) -> str:
+    """A path that the original script's config.ini gives, or a usage error."""
+    if not (settings.file and is_legacy(Path(settings.file))):
+        raise click.UsageError(f"Missing argument {missing}.")
+    return str(getattr(read_legacy_config(settings.file), name))
+
+
+def _legacy_config(data_directory: str | None) -> LegacyConfig:
+    """./config.ini, or the defaults where there is none and they, with the flags, suffice."""
+    file = Path(LEGACY_CONFIG_FILE)
+    if file.is_file():
+        return read_legacy_config(file)
+    legacy = LegacyConfig()
+    if data_directory is None and not Path(legacy.data_dir_base).is_dir():
+        raise ConfigurationError(
+            f"there is neither a {file} nor a folder {legacy.data_dir_base} here; "
+            f"say where the data is with --data_directory"
+        )
+    return legacy
+
+
+def _legacy_scan_options(legacy: LegacyConfig) -> ScanOptions:
+    values = legacy_values(legacy)
+    return ScanOptions(**{key.removeprefix("scan."): value for key, value in values.items()})
+
+
+# --- the original's --print_random_image
+
+
+def draw_random_image(cohort: Cohort, seed: int | None) -> str:
+    """Save a figure of one random annotated slice in the working directory; what to print of it.
+
+    The slice goes through the real conversion, into a temporary file.
+    """
+    from .convert import convert_cohort
+    from .report.figures import image_and_mask_figure
+    from .store import open_dataset
+
+    annotated = np.unique(cohort.contours.slice)
+    if not len(annotated):
+        raise LayoutError(f"{cohort.root}: no image has an outline, there is nothing to draw")
+    chosen = int(random.Random(seed).choice(annotated))  # noqa: S311  # a picture, not a secret
+    patient = _patient_numbers(cohort)[chosen]
+    spacing = cohort.slices.pixel_spacing[chosen]
+    figure = _next_free("random_image_{}.png")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "slice.h5")
+        options = ConvertOptions(scheduler="synchronous", strict=True)
+        convert_cohort(only_slice(cohort, chosen), file, options=options)
+        with open_dataset(file) as dataset:
+            image_and_mask_figure(
+                dataset.images[0],
+                dataset.masks[0],
+                dataset.structures,
+                figure,
+                title=f"patient {patient}, slice {chosen}",
+                pixel_spacing=spacing,
+            )
+    return "\n".join(
+        [
+            f"Figure is {figure}",
+            f"Patient number is {patient}",
+            f"Pixel dimensions are {spacing[0]:.3f} x {spacing[1]:.3f} mm",
+            f"Slice thickness is {cohort.slices.slice_thickness[chosen]:.3f} mm",
+        ]
+    )
+
+
+def only_slice(cohort: Cohort, index: int) -> Cohort:
+    """The cohort of one slice with its outlines."""
+    mine = cohort.contours.slice == index
+    contours = cohort.contours
+    return replace(
+        cohort,
+        slices=cohort.slices.take(np.array([index])),
+        contours=ContourTable(
+            slice=np.zeros(int(mine.sum()), np.int64),
+            structure=contours.structure[mine],
+            path=contours.path[mine],
+        ),
+        problems=(),
+    )
+
+
+def _patient_numbers(cohort: Cohort) -> list[int]:
+    """(n,) the patients' running numbers in the order of the output, as in the file's table."""
+    numbers: dict[bytes, int] = {}
+    return [numbers.setdefault(key, len(numbers) + 1) for key in cohort.slices.patient_id.tolist()]
+
+
+def _next_free(pattern: str) -> Path:
+    """The first file name of a numbered series that is not taken."""
+    number = 1
+    while Path(pattern.format(number)).exists():
+        number += 1
+    return Path(pattern.format(number))

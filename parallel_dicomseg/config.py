@@ -1,0 +1,441 @@
+"""Where the settings come from: command line, then configuration file, then the records' defaults.
+
+A setting is a field of `ScanOptions`, `ConvertOptions` or `Checks`: the records are the only place
+that defines its name, type and default. This module adds what a person needs to set it (a line of
+help, the values that make sense) and remembers where each value came from.
+"""
+
+from __future__ import annotations
+
+import configparser
+import difflib
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_type_hints
+
+from .errors import ConfigurationError
+from .records import ConvertOptions, ScanOptions
+
+Record = TypeVar("Record")
+
+CONFIG_FILE = "parallel_dicomseg.toml"
+LEGACY_CONFIG_FILE = "config.ini"
+LEGACY_SECTION = "local"
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+
+#: The records that can be set, by the name of their table in a configuration file.
+TABLES: dict[str, type] = {"scan": ScanOptions, "convert": ConvertOptions}
+
+#: Names of schedulers; anything else must look like an address or a scheduler file.
+SCHEDULERS = ("synchronous", "threads", "processes", "distributed")
+
+_HELP = {
+    "scan.source": "Where the outlines come from; 'auto' looks at the folder.",
+    "scan.structures": "Structures to convert, in bit order (i,o or repeated); none: all.",
+    "scan.include_unannotated": "Also take images without any outline, with empty masks.",
+    "scan.link_file_name": "Table that links image folders to outline folders.",
+    "scan.contours_sub_dir": "Only this folder of outlines under each patient.",
+    "scan.workers": "Threads that read headers; 0: one per core.",
+    "convert.rule": "When a pixel belongs to a mask.",
+    "convert.contour_origin": "Contour coordinate of the centre of the first pixel.",
+    "convert.codec": "How chunks are compressed; lz4 and zstd need hdf5plugin to read.",
+    "convert.keep_identity": "Keep patient keys and UIDs instead of running numbers.",
+    "convert.scheduler": "synchronous, threads, processes, distributed, or a scheduler's address.",
+    "convert.workers": "Workers; 0: one per core.",
+    "convert.memory_limit": "What one worker may use, e.g. 2GiB or '500 MB'; 0: 256 MiB.",
+    "convert.slices_per_task": "Slices in one task; 0: chosen from the memory limit.",
+    "convert.strict": "Stop at the first rejected slice.",
+    "convert.max_rejected": "More rejected than this give exit status 1.",
+    "convert.zarr": "Also write a zarr v3 mirror into this folder.",
+    "convert.overwrite": "Replace an existing output.",
+    "convert.checks.max_mask_fraction": "Flag a mask that covers more of the image than this.",
+    "convert.checks.max_ellipse_residual": "Flag a ring further than this from its ellipse"
+    " (RMS, in mean radii).",
+    "convert.checks.max_outside_fraction": "Flag an inner structure with more of its pixels than"
+    " this outside its outer one.",
+}
+
+_CHOICES: dict[str, tuple[str | float, ...]] = {
+    "scan.source": ("auto", "sunnybrook"),
+    "convert.rule": ("center", "pil-outline0", "pil-outline1"),
+    "convert.contour_origin": (0.0, 0.5, 1.0),
+    "convert.codec": ("deflate", "lz4", "zstd", "none"),
+}
+
+#: Upper bounds; every number must also be at least 0.
+_MAXIMA = {
+    "convert.checks.max_mask_fraction": 1.0,
+    "convert.checks.max_outside_fraction": 1.0,
+}
+
+#: Numbers of bytes, which may be written with a unit.
+_SIZES = frozenset({"convert.memory_limit"})
+
+
+#: What these take is not said by their type.
+_EXPECTED = {
+    "convert.scheduler": f"one of {', '.join(SCHEDULERS)}, an address such as tcp://host:8786,"
+    " or a scheduler file",
+    "convert.memory_limit": "a number of bytes, or a text such as '2GiB' or '500 MB'",
+    "scan.structures": "a list of different names",
+}
+
+#: What a configuration file or the command line may give for a field of this type.
+_ACCEPTED: dict[Any, tuple[type, ...]] = {
+    str: (str,),
+    bool: (bool,),
+    int: (int,),
+    float: (int, float),
+    tuple[str, ...]: (list, tuple),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One thing that can be set, and how."""
+
+    key: str
+    """Dotted, as in a configuration file: 'convert.checks.max_mask_fraction'."""
+    type: Any
+    """str, int, float, bool or tuple[str, ...]."""
+    default: Any
+    help: str
+    expected: str
+    """What a value must be, in words."""
+    choices: tuple[str | float, ...] = ()
+    """The only values allowed; empty: no such list."""
+    maximum: float | None = None
+    is_size: bool = False
+    """A number of bytes, also written '2GiB'."""
+
+    @property
+    def name(self) -> str:
+        """The last part of the key: the name of the record's field."""
+        return self.key.rpartition(".")[2]
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """Values from one origin, checked."""
+
+    origin: str
+    """'command line' or the path of a configuration file."""
+    values: Mapping[str, Any]
+    """By dotted key; only what this origin sets."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The settings of a run, and where each came from."""
+
+    scan: ScanOptions
+    convert: ConvertOptions
+    values: Mapping[str, Any]
+    """Every setting by its dotted key."""
+    origins: Mapping[str, str]
+    """By dotted key: 'command line', the path of a file, or 'default'."""
+    file: str
+    """The configuration file that was read, or ''."""
+
+
+@dataclass(frozen=True, slots=True)
+class LegacyConfig:
+    """The original script's config.ini, section [local]; the defaults stand for missing keys."""
+
+    data_dir_base: str = "final_data/"
+    """Folder with link.csv, dicoms/ and contourfiles/, relative to the working directory."""
+    contours_sub_dir: str = "/i-contours/"
+    """Folder of outlines under each patient's folder."""
+    link_file_name: str = "link.csv"
+    hdf5_filename: str = "dicom_data.h5"
+    """The output."""
+    batch_size: int = 16
+    num_epochs: int = 3
+
+
+def _declare(record: Any, prefix: str) -> Iterable[Setting]:
+    """The settings of one record; a field that is a record itself becomes a sub-table."""
+    hints = get_type_hints(record)
+    defaults = record()
+    for field in fields(record):
+        key, hint = f"{prefix}.{field.name}", hints[field.name]
+        if is_dataclass(hint):
+            yield from _declare(hint, key)
+            continue
+        yield Setting(
+            key=key,
+            type=hint,
+            default=getattr(defaults, field.name),
+            help=_HELP[key],
+            expected=_expected(key, hint),
+            choices=_CHOICES.get(key, ()),
+            maximum=_MAXIMA.get(key),
+            is_size=key in _SIZES,
+        )
+
+
+def _expected(key: str, kind: Any) -> str:
+    """What a setting takes, in words."""
+    if key in _EXPECTED:
+        return _EXPECTED[key]
+    if key in _CHOICES:
+        return f"one of {', '.join(map(str, _CHOICES[key]))}"
+    if kind in (int, float):
+        bounds = f"from 0 to {_MAXIMA[key]:g}" if key in _MAXIMA else "of at least 0"
+        return f"{'a whole number' if kind is int else 'a number'} {bounds}"
+    return {bool: "true or false", str: "a text"}.get(kind, "a list of texts")
+
+
+#: Every setting by its dotted key, in the order of the records.
+SETTINGS: dict[str, Setting] = {
+    setting.key: setting for table, record in TABLES.items() for setting in _declare(record, table)
+}
+
+
+def load_settings(
+    overrides: Mapping[str, Any] | None = None, config: str | Path | None = None
+) -> Settings:
+    """The settings of a run in the working directory.
+
+    Parameters
+    ----------
+    overrides
+        What the command line sets, by dotted key (``{"convert.rule": "pil-outline0"}``).
+    config
+        A TOML file with the tables [scan], [convert] and [convert.checks], or the original
+        script's config.ini; None: whichever `find_config` finds, or none.
+
+    Raises
+    ------
+    ConfigurationError
+        A file cannot be read, a key is unknown or a value is not what the setting takes.
+    """
+    path = find_config(Path()) if config is None else Path(config)
+    file = read_config(path) if path else None
+    return resolve(check_layer(COMMAND_LINE, overrides or {}), file)
+
+
+def find_config(directory: Path) -> Path | None:
+    """The configuration file that is used without being named, or None.
+
+    parallel_dicomseg.toml, else a config.ini with the original script's section [local].
+    """
+    own, legacy = directory / CONFIG_FILE, directory / LEGACY_CONFIG_FILE
+    if own.is_file():
+        return own
+    if legacy.is_file() and _read_ini(legacy).has_section(LEGACY_SECTION):
+        return legacy
+    return None
+
+
+def read_config(path: Path) -> Layer:
+    """The values that a configuration file sets: config.ini by its suffix, else TOML.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming the file, the key, the value and what was expected.
+    """
+    if is_legacy(path):
+        return check_layer(str(path), legacy_values(read_legacy_config(path)))
+    try:
+        document = tomllib.loads(_read_text(path))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path}: not valid TOML: {error}") from None
+    return check_layer(str(path), dict(_flatten(document, "", str(path))))
+
+
+def is_legacy(path: Path) -> bool:
+    """Whether a configuration file is the original script's kind."""
+    return path.suffix.lower() == ".ini"
+
+
+def check_layer(origin: str, values: Mapping[str, Any]) -> Layer:
+    """Values of one origin as the records want them.
+
+    Raises
+    ------
+    ConfigurationError
+        A key is unknown, or a value is not what its setting takes.
+    """
+    return Layer(origin, {key: _convert(origin, key, value) for key, value in values.items()})
+
+
+def resolve(command_line: Layer, file: Layer | None = None) -> Settings:
+    """The command line over a configuration file over the records' defaults."""
+    values = {key: setting.default for key, setting in SETTINGS.items()}
+    origins = dict.fromkeys(SETTINGS, DEFAULT)
+    for layer in (file, command_line):
+        if layer is None:
+            continue
+        values.update(layer.values)
+        origins.update(dict.fromkeys(layer.values, layer.origin))
+    return Settings(
+        scan=_build(ScanOptions, "scan", values),
+        convert=_build(ConvertOptions, "convert", values),
+        values=values,
+        origins=origins,
+        file=file.origin if file else "",
+    )
+
+
+def read_legacy_config(path: str | Path) -> LegacyConfig:
+    """The original script's config.ini.
+
+    Parameters
+    ----------
+    path
+        The file; keys of its section [local] may be missing (see `LegacyConfig`).
+
+    Raises
+    ------
+    ConfigurationError
+        There is no section [local], a key is unknown, or a number is none.
+    """
+    parser = _read_ini(Path(path))
+    if not parser.has_section(LEGACY_SECTION):
+        raise ConfigurationError(f"{path}: there is no section [{LEGACY_SECTION}]")
+    hints = get_type_hints(LegacyConfig)
+    values: dict[str, Any] = {}
+    for name, text in parser.items(LEGACY_SECTION):
+        if name not in hints:
+            raise _unknown(str(path), f"{LEGACY_SECTION}.{name}", name, hints)
+        values[name] = _legacy_value(Path(path), name, text, hints[name])
+    return LegacyConfig(**values)
+
+
+def legacy_values(legacy: LegacyConfig) -> dict[str, Any]:
+    """The settings, by dotted key, that a config.ini stands for."""
+    return {
+        "scan.contours_sub_dir": legacy.contours_sub_dir.strip("/"),
+        "scan.link_file_name": legacy.link_file_name,
+    }
+
+
+def _legacy_value(path: Path, name: str, text: str, hint: type) -> str | int:
+    where = f"{path}: {LEGACY_SECTION}.{name.upper()} = {text!r}"
+    if hint is str:
+        if not text:
+            raise ConfigurationError(f"{where}: expected a text")
+        return text
+    if not (text.isdecimal() and int(text) > 0):
+        raise ConfigurationError(f"{where}: expected a whole number of at least 1")
+    return int(text)
+
+
+def _read_ini(path: Path) -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None)
+    try:
+        parser.read_string(_read_text(path), source=str(path))
+    except configparser.Error as error:
+        reason = " ".join(str(error).split())
+        raise ConfigurationError(f"{path}: not a valid config.ini: {reason}") from None
+    return parser
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise ConfigurationError(f"{path}: byte {error.start} is not UTF-8") from None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str, origin: str) -> Iterable[tuple[str, Any]]:
+    """(dotted key, value) of nested tables, down to where the settings are."""
+    below = {key[len(prefix) :].partition(".")[0] for key in SETTINGS if key.startswith(prefix)}
+    for name, value in table.items():
+        key = f"{prefix}{name}"
+        if name not in below:
+            raise _unknown(origin, key, name, below)
+        if key in SETTINGS:
+            yield key, value
+        elif isinstance(value, Mapping):
+            yield from _flatten(value, f"{key}.", origin)
+        else:
+            raise ConfigurationError(f"{origin}: {key} = {value!r}: expected a table [{key}]")
+
+
+def _convert(origin: str, key: str, value: Any) -> Any:
+    """One value as its record wants it."""
+    if key not in SETTINGS:
+        raise _unknown(origin, key, key, SETTINGS)
+    setting = SETTINGS[key]
+    try:
+        converted = _read(setting, value)
+        _check(setting, converted)
+    except (TypeError, ValueError) as error:
+        hint = f"; {error}" if str(error) else ""
+        raise ConfigurationError(
+            f"{origin}: {key} = {value!r}: expected {setting.expected}{hint}"
+        ) from None
+    return converted
+
+
+def _read(setting: Setting, value: Any) -> Any:
+    """A value as the record's type, or TypeError; true and false are no numbers."""
+    if setting.is_size and isinstance(value, str):
+        value = _parse_size(value)
+    number_from_flag = isinstance(value, bool) and setting.type is not bool
+    if number_from_flag or not isinstance(value, _ACCEPTED[setting.type]):
+        raise TypeError
+    if setting.type is float and isinstance(value, int):
+        return float(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _check(setting: Setting, value: Any) -> None:
+    """ValueError where a value of the right type makes no sense."""
+    if setting.choices and value not in setting.choices:
+        raise ValueError(_closest(value, setting.choices))
+    if setting.key == "convert.scheduler" and not _is_scheduler(value):
+        raise ValueError(_closest(value, SCHEDULERS))
+    if isinstance(value, int | float):
+        ceiling = float("inf") if setting.maximum is None else setting.maximum
+        if not 0 <= value <= ceiling:
+            raise ValueError
+    if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
+        raise ValueError
+    if isinstance(value, tuple) and len(set(value)) != len(value):
+        raise ValueError("one of them stands there twice")
+
+
+def _is_scheduler(value: str) -> bool:
+    return value in SCHEDULERS or ":" in value or Path(value).is_file()
+
+
+def _parse_size(text: str) -> int:
+    from dask.utils import parse_bytes  # 0.1 s to import, and only this setting needs it
+
+    try:
+        return int(parse_bytes(text))
+    except (ValueError, OverflowError):
+        raise ValueError from None
+
+
+def _build(record: type[Record], prefix: str, values: Mapping[str, Any]) -> Record:
+    """A record of the values under a dotted prefix."""
+    hints = get_type_hints(record)
+    keys = {name: f"{prefix}.{name}" for name in hints}
+    return record(
+        **{
+            name: _build(hints[name], key, values) if is_dataclass(hints[name]) else values[key]
+            for name, key in keys.items()
+        }
+    )
+
+
+def _unknown(origin: str, key: str, name: str, known: Iterable[str]) -> ConfigurationError:
+    names = sorted(known)
+    hint = _closest(name, names) or f"known are {', '.join(names)}"
+    return ConfigurationError(f"{origin}: {key}: there is no such setting; {hint}")
+
+
+def _closest(value: Any, known: Iterable[Any]) -> str:
+    """'did you mean …?', or nothing where no known name comes near."""
+    matches = difflib.get_close_matches(str(value), [str(name) for name in known], n=1)
+    return f"did you mean {matches[0]}?" if matches else ""
