@@ -88,11 +88,13 @@ def _write_group(
 
 def _create_array(group: Any, array: ChunkedArray, codec: str, attributes: dict[str, Any]) -> None:
     """Let zarr-python write the metadata; the shards are written here."""
-    from zarr.codecs import BloscCname, BloscCodec
+    from zarr.codecs import BloscCodec
 
+    # zarr's type for the name of a compressor changed between releases, the name did not
+    cname: Any = codec
     blosc = (
         BloscCodec(
-            cname=BloscCname(codec),
+            cname=cname,
             clevel=BLOSC_LEVEL[codec],
             shuffle="bitshuffle",
             typesize=array.dtype.itemsize,
