@@ -51,7 +51,7 @@ class SyntheticOutline:
     polygon_column_row: Float64
     """(n, 2) pixels, bit for bit as in the file."""
     area: float
-    """Area of the true ellipse in pixels; the polygon's is smaller by some tenths of a percent."""
+    """Area of the true ellipse in pixels, and of the polygon but for the rounding of its points."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -338,10 +338,15 @@ def _papillary(pool: _Ellipse, direction: float) -> _Ellipse:
 
 
 def _polygon(ellipse: _Ellipse) -> Float64:
-    """Points on the ellipse about a pixel apart, as they read from text with two decimals."""
-    circumference = math.pi * (ellipse.half_width + ellipse.half_height)
-    turn = np.linspace(0.0, 2.0 * math.pi, max(24, math.ceil(circumference)), endpoint=False)
-    across, along = ellipse.half_width * np.cos(turn), ellipse.half_height * np.sin(turn)
+    """Points about a pixel apart, as they read from text with two decimals.
+
+    They lie outside the ellipse by the hair that gives the polygon the ellipse's area.
+    """
+    count = max(24, math.ceil(math.pi * (ellipse.half_width + ellipse.half_height)))
+    hair = math.sqrt(2.0 * math.pi / (count * math.sin(2.0 * math.pi / count)))
+    turn = np.linspace(0.0, 2.0 * math.pi, count, endpoint=False)
+    across = hair * ellipse.half_width * np.cos(turn)
+    along = hair * ellipse.half_height * np.sin(turn)
     cos, sin = math.cos(ellipse.angle), math.sin(ellipse.angle)
     points = np.stack(
         [

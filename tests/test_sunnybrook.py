@@ -298,6 +298,18 @@ def test_a_series_of_which_nothing_could_be_read_is_not_replaced(tmp_path: Path)
     }
 
 
+def test_an_unreadable_image_makes_its_number_ambiguous(tmp_path: Path) -> None:
+    """59.dcm could not be read, and another image says that it is number 59."""
+    root = arterys(tmp_path, [59], ["59.dcm", "x.dcm"])
+    found, paired, _ = pair(root, in_folder({"x.dcm": 59}))
+
+    assert found == {}
+    assert reasons(paired.problems) == {contour(59): {"ambiguous-image"}}
+    assert "dicoms/P1/x.dcm (InstanceNumber 59), dicoms/P1/59.dcm (unread)" in (
+        paired.problems[0].detail
+    )
+
+
 numbers = st.integers(-1, 6)
 
 
@@ -436,6 +448,8 @@ def test_different_duplicates_are_all_refused(tmp_path: Path) -> None:
     """Two outlines of one structure and number that differ: neither is taken."""
     rival = "contourfiles/SC-1/i-contours/IM-0002-0001-icontour-manual.txt"
     root = arterys(tmp_path, [1, 2], ["1.dcm", "2.dcm"], **{rival: RING.replace("5", "6")})
+    for path in (contour(1), rival):
+        os.utime(root / path, (1e9, 1e9))
     found, _, listing = pair(root, in_folder({"1.dcm": 1, "2.dcm": 2}))
 
     assert found == {contour(2): "dicoms/P1/2.dcm"}
@@ -562,6 +576,7 @@ def test_unannotated_images_come_only_on_request(tmp_path: Path) -> None:
         b"patient_id,original_id\nP1,SC-1\nP2,SC-2\n",
         b"\xef\xbb\xbfpatient_id,original_id\r\nP1,SC-1\r\nP2,SC-2\r\n",
         b'"patient_id","original_id"\n"P1","SC-1"\n\n"P2","SC-2"\n\n\n',
+        b'\xef\xbb\xbf"patient_id","original_id"\n"P1","SC-1"\n"P2","SC-2"\n',
         b"OriginalID,Age,PatientID\nSC-1,50,P1\nSC-2,,P2\n",
         b" Patient ID , Original-ID \n P1 , SC-1\n,\nP2,SC-2\nP1,SC-1",
     ],
@@ -624,6 +639,27 @@ def test_folders_and_rows_that_lack_a_partner_are_reported(tmp_path: Path) -> No
         "contourfiles/SC-4": {"patient-without-contours"},
         "dicoms/P9": {"unlinked-folder"},
         "contourfiles/SC-9": {"unlinked-folder"},
+    }
+
+
+def test_a_row_without_a_cell_has_no_partner(tmp_path: Path) -> None:
+    """A short row is a patient without contours, not an accident."""
+    root = arterys(tmp_path, [1], ["1.dcm"], **{"dicoms/P2/1.dcm": ""})
+    plant(root, {"link.csv": "patient_id,original_id\nP1,SC-1\nP2\n"})
+    listing = sunnybrook.list_files(root, ScanOptions())
+
+    assert [problem.reason for problem in listing.problems] == [Reason.PATIENT_WITHOUT_CONTOURS]
+
+
+def test_names_that_fit_two_folders_fit_none(tmp_path: Path) -> None:
+    """SC-001 could be the folder SC-1 or SC-01: it is neither."""
+    root = arterys(tmp_path, [1], ["1.dcm"], **{contour(2, original_id="SC-01"): RING})
+    plant(root, {"link.csv": "patient_id,original_id\nP1,SC-001\n"})
+
+    assert reasons(sunnybrook.list_files(root, ScanOptions()).problems) == {
+        "contourfiles/SC-001": {"patient-without-contours"},
+        "contourfiles/SC-1": {"unlinked-folder"},
+        "contourfiles/SC-01": {"unlinked-folder"},
     }
 
 
@@ -836,6 +872,21 @@ def test_competing_folders_of_the_original_tree(tmp_path: Path) -> None:
     assert {path.split("/")[2] for path in found.values()} == {"CINESAX_300"}
     assert len(found) == 4
     assert reasons(paired.problems) == {"DICOM/SC-HF-I-1/CINELAX_301": {"alternative-series"}}
+
+
+def test_images_belong_to_the_nearest_folder_of_a_patient(tmp_path: Path) -> None:
+    """A patient's folder inside another patient's is the inner one's."""
+    root = original(tmp_path, "SC-HF-I-2/SC-HF-I-1")
+    other = f"SCD_ManualContours/SC-HF-I-02/{EXPERT}/IM-0001-0048-icontour-manual.txt"
+    plant(root, {other: RING, "SC-HF-I-2/IM-0003-0048.dcm": ""})
+    listing = sunnybrook.list_files(root, ScanOptions())
+
+    assert dict(zip(listing.image_paths, listing.image_patients, strict=True)) == {
+        "SC-HF-I-2/IM-0003-0048.dcm": "SC-HF-I-02",
+        "SC-HF-I-2/SC-HF-I-1/IM-0003-0048.dcm": "SC-HF-I-01",
+        "SC-HF-I-2/SC-HF-I-1/IM-0003-0060.dcm": "SC-HF-I-01",
+        "SC-HF-I-2/SC-HF-I-1/IM-0003-0160.dcm": "SC-HF-I-01",
+    }
 
 
 def test_the_company_of_the_original_tree_is_harmless(tmp_path: Path) -> None:
