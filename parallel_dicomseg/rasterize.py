@@ -455,8 +455,6 @@ def _crosses_by(
     low_x: float, low_y: float, high_x: float, high_y: float, row: int, column: int
 ) -> bool:
     """Whether an edge crosses the row at this column or left of it, exactly."""
-    if row == low_y:
-        return low_x <= column
     if low_x <= column and high_x <= low_x:
         return True
     if low_x > column and high_x >= low_x:

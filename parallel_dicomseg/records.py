@@ -31,6 +31,8 @@ class Reason(StrEnum):
     CONTOUR_WITHOUT_IMAGE = "contour-without-image"
     AMBIGUOUS_IMAGE = "ambiguous-image"
     DUPLICATE_CONTOUR = "duplicate-contour"
+    REPEATED_CONTOUR = "repeated-contour"
+    IMAGE_REJECTED = "image-rejected"
     PATIENT_WITHOUT_IMAGES = "patient-without-images"
     PATIENT_WITHOUT_CONTOURS = "patient-without-contours"
     UNLINKED_FOLDER = "unlinked-folder"
@@ -44,6 +46,8 @@ HARMLESS_REASONS = frozenset(
     {
         Reason.STRAY_FILE,
         Reason.ALTERNATIVE_SERIES,
+        Reason.REPEATED_CONTOUR,
+        Reason.IMAGE_REJECTED,
         Reason.PATIENT_WITHOUT_CONTOURS,
         Reason.UNLINKED_FOLDER,
     }

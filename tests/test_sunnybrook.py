@@ -279,7 +279,7 @@ def test_an_unreadable_image_keeps_its_place(tmp_path: Path) -> None:
 
     assert set(found) == {contour(58), contour(60)}
     assert reasons(paired.problems) == {
-        contour(59): {"contour-without-image"},
+        contour(59): {"image-rejected"},
         "dicoms/P1/lax": {"alternative-series"},
     }
     assert "could not be read: dicoms/P1/sax/59.dcm" in str(paired.problems)
@@ -293,9 +293,7 @@ def test_a_series_of_which_nothing_could_be_read_is_not_replaced(tmp_path: Path)
     found, paired, _ = pair(root, in_folder({"1.dcm": 1}, "dicoms/P1/lax"))
 
     assert found == {}
-    assert {problem.reason for problem in paired.problems if problem.is_rejection} == {
-        Reason.CONTOUR_WITHOUT_IMAGE
-    }
+    assert [problem.reason for problem in paired.problems].count(Reason.IMAGE_REJECTED) == 2
 
 
 def test_an_unreadable_image_makes_its_number_ambiguous(tmp_path: Path) -> None:
@@ -441,7 +439,7 @@ def test_identical_duplicates_count_once(tmp_path: Path) -> None:
     found, _, listing = pair(root, in_folder({"1.dcm": 1}))
 
     assert found == {contour(1): "dicoms/P1/1.dcm"}
-    assert reasons(listing.problems) == {copy: {"duplicate-contour"}}
+    assert reasons(listing.problems) == {copy: {"repeated-contour"}}
 
 
 def test_different_duplicates_are_all_refused(tmp_path: Path) -> None:
@@ -923,7 +921,7 @@ def test_a_second_copy_of_the_contours_counts_once(tmp_path: Path) -> None:
     listing = sunnybrook.list_files(root, ScanOptions())
 
     assert len(listing.outlines) == 4
-    assert [problem.reason for problem in listing.problems] == [Reason.DUPLICATE_CONTOUR]
+    assert [problem.reason for problem in listing.problems] == [Reason.REPEATED_CONTOUR]
 
 
 # ---------------------------------------------------------------------------------------- names

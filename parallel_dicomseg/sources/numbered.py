@@ -213,7 +213,8 @@ def _not_paired(outline: Outline, leaders: Sequence[_Series], images: _Images) -
         return Problem(outline.path, Reason.CONTOUR_WITHOUT_IMAGE, detail)
     if not rows and len(leaders) == 1:
         detail = f"the image with the number {number} could not be read: {', '.join(lost)}"
-        return Problem(outline.path, Reason.CONTOUR_WITHOUT_IMAGE, detail)
+        # the image counts as rejected, so its outlines need not count again
+        return Problem(outline.path, Reason.IMAGE_REJECTED, detail)
     why = "" if len(leaders) == 1 else f"{len(leaders)} series carry equally many contours; "
     named = [_described(row, images) for row in rows] + [f"{path} (unread)" for path in lost]
     detail = f"{why}for number {number} there are: {', '.join(named)}"

@@ -157,7 +157,8 @@ def _without_duplicates(
                 if alike
                 else f"differs from {rivals}; nobody can say which of them is right"
             )
-            problems.append(Problem(outline.path, Reason.DUPLICATE_CONTOUR, detail))
+            reason = Reason.REPEATED_CONTOUR if alike else Reason.DUPLICATE_CONTOUR
+            problems.append(Problem(outline.path, reason, detail))
     return kept, problems
 
 
