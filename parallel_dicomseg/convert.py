@@ -45,7 +45,6 @@ from parallel_dicomseg.records import (
     Reason,
     SliceRef,
     Summary,
-    UInt8,
 )
 from parallel_dicomseg.store import Hdf5Writer, mirror_to_zarr, open_dataset
 from parallel_dicomseg.text import read_contour_files
@@ -103,10 +102,8 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
     )
     if not layout.include_unannotated:
         good &= measured.annotated.any(axis=1)
-    pixels = layout.rows * layout.columns
-    image_room = _scratch.array("shuffled", (shape[0], pixels * images.itemsize), "|u1")
-    image_bytes, image_sizes = _pack(encode(images, layout.codec, image_room), good)
-    mask_bytes, mask_sizes = _pack(encode(masks, layout.codec), good)
+    image_bytes, image_sizes = encode(images, layout.codec, good)
+    mask_bytes, mask_sizes = encode(masks, layout.codec, good)
     return EncodedChunk(
         first=task.first,
         image_bytes=image_bytes,
@@ -158,14 +155,7 @@ def _longer_than_header(task: ChunkTask) -> NDArray[np.bool_]:
     )
 
 
-def _pack(chunks: list[bytes], good: NDArray[np.bool_]) -> tuple[UInt8, NDArray[np.int64]]:
-    """Chunks one after another (they travel to the writer as one buffer), and their sizes."""
-    kept = [chunk if keep else b"" for chunk, keep in zip(chunks, good.tolist(), strict=True)]
-    sizes = np.array([len(chunk) for chunk in kept], np.int64)
-    return np.frombuffer(b"".join(kept), np.uint8), sizes
-
-
-def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1") -> float:
+def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "deflate") -> float:
     """Compile (or load from the cache) every kernel of a conversion; returns the seconds it took.
 
     Worker processes that start after this load machine code from the cache on disk and never
@@ -183,7 +173,7 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1") -> float:
         rule="center",
         contour_origin=0.0,
         include_unannotated=True,
-        codec="deflate",
+        codec=codec,
         keep_identity=False,
         source="",
         checks=Checks(),
@@ -199,6 +189,10 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1") -> float:
     )
     rasterize_batch(triangle, np.zeros((1, 8, 8), mask_dtype))
     return time.perf_counter() - start
+
+
+def _warm_up_for(layout: Layout) -> None:
+    warm_up(layout.image_dtype, layout.mask_dtype, layout.codec)
 
 
 # --- the driver ----------------------------------------------------------------------------------
@@ -312,7 +306,7 @@ def _scheduler(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[_S
         with ThreadPoolExecutor(workers, "encode") as pool:
             yield from _submit_to(pool, name, plan.window)
     elif name == "processes":
-        warm_up(plan.layout.image_dtype, plan.layout.mask_dtype)
+        _warm_up_for(plan.layout)
         with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
             yield from _submit_to(processes, name, plan.window)
     else:
@@ -381,7 +375,7 @@ def _client(distributed: Any, plan: Plan, options: ConvertOptions, workers: int)
     address = options.scheduler
     timeout = f"{_WORKERS_TIMEOUT_S}s"
     if address == "distributed":
-        warm_up(plan.layout.image_dtype, plan.layout.mask_dtype)
+        _warm_up_for(plan.layout)
         with (
             distributed.LocalCluster(
                 n_workers=workers,

@@ -28,7 +28,7 @@ from parallel_dicomseg.jit import kernel
 if TYPE_CHECKING:
     from parallel_dicomseg.records import Contours, Float64, Int32, Int64, UInt8
 
-_UINT8 = np.dtype(np.uint8)
+_UINT8, _INT64 = np.dtype(np.uint8), np.dtype(np.int64)
 
 #: The rules by which an outline becomes a mask.
 RULES = ("center", "pil-outline0", "pil-outline1")
@@ -108,19 +108,23 @@ def rasterize_contours(
         the points, and an `out` of another shape, dtype or memory order.
     """
     points = np.ascontiguousarray(points_column_row, dtype=np.float64)
-    ring_offsets = np.asarray(offsets)
-    if ring_offsets.dtype.kind not in "iu":
-        raise ValueError(f"offsets are {ring_offsets.dtype}, not integers")
-    ring_offsets = np.ascontiguousarray(ring_offsets, dtype=np.int64)
-    if points.ndim != 2 or points.shape[1] != 2 or ring_offsets.ndim != 1:
+    ring_offsets = np.ascontiguousarray(offsets)
+    if ring_offsets.dtype != _INT64:
+        if ring_offsets.dtype.kind not in "iu":
+            raise ValueError(f"offsets are {ring_offsets.dtype}, not integers")
+        ring_offsets = ring_offsets.astype(np.int64)
+    if points.shape[1:] != (2,) or ring_offsets.ndim != 1:
         raise ValueError(
             f"points_column_row has shape {points.shape} and offsets {ring_offsets.shape}, "
             "not (points, 2) and (rings + 1,)"
         )
-    mask = np.empty(shape, np.uint8) if out is None else out
-    if mask.shape != tuple(shape) or mask.dtype != _UINT8 or not mask.flags.carray:
+    if out is None:
+        mask = np.empty(shape, np.uint8)
+    elif out.shape == tuple(shape) and out.dtype == _UINT8 and out.flags.carray:
+        mask = out
+    else:
         raise ValueError(
-            f"out is {mask.dtype} of shape {mask.shape}, not a writable C-contiguous uint8 array "
+            f"out is {out.dtype} of shape {out.shape}, not a writable C-contiguous uint8 array "
             f"of shape {tuple(shape)}"
         )
     if rule == "center":
@@ -674,9 +678,23 @@ def _pil_fill(x: Int64, y: Int64, canvas: UInt8, top: int, bottom: int) -> None:
     for row in range(top, min(bottom + 1, canvas.shape[0])):
         count = _pil_crossings(x, y, edges, row, bottom, crossings, corners)
         found = crossings[:count]
-        found.sort()
+        _sort(found)
         for i in range(0, count - 1, 2):
             _pil_span(canvas, row, _pil_left(found[i]), _pil_right(found[i + 1]))
+
+
+@kernel
+def _sort(values: NDArray[np.float32]) -> None:
+    """Ascending, in place; quickly for the few that a row usually has."""
+    if values.shape[0] > _SLOTS:
+        values.sort()
+        return
+    for i in range(1, values.shape[0]):
+        value, j = values[i], i
+        while j > 0 and values[j - 1] > value:
+            values[j] = values[j - 1]
+            j -= 1
+        values[j] = value
 
 
 @kernel

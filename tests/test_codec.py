@@ -15,11 +15,12 @@ from parallel_dicomseg.codec import (
     DEFLATE_LEVEL,
     decode,
     encode,
+    encode_one_by_one,
     filters,
     mirror_codec,
-    shuffle_bytes,
     unshuffle_bytes,
 )
+from parallel_dicomseg.compressors import HAS_BLOSC, HAS_ISAL, room_for, shuffle_bytes
 
 DTYPES = ("|u1", "<i2", "<u2", "<u4", "<f4", "<u8")
 
@@ -34,29 +35,35 @@ def smooth(dtype):
     return np.stack([rows * columns, rows + columns]).astype(dtype)
 
 
+def split(encoded):
+    """Chunks that lie one after another, as byte strings."""
+    flat, sizes = encoded
+    assert sizes.sum() == len(flat)
+    return [part.tobytes() for part in np.split(flat, np.cumsum(sizes)[:-1])]
+
+
 @given(images, st.sampled_from(CODECS))
 def test_chunks_decode_to_what_was_encoded(array, codec):
     """Every codec gives back every bit, NaNs among them."""
     out = np.empty_like(array[0])
 
-    for plain, chunk in zip(array, encode(array, codec), strict=True):
+    for plain, chunk in zip(array, split(encode(array, codec)), strict=True):
         decode(chunk, codec, out)
 
         assert out.tobytes() == plain.tobytes()
 
 
-@given(arrays(st.sampled_from(["<u2", "<u4", "<u8"]), st.tuples(*[st.integers(1, 9)] * 2)))
+@given(arrays(st.sampled_from(["<u2", "<u4", "<u8"]), st.integers(1, 40)))
 def test_shuffle_groups_bytes_by_their_place(elements):
     """The kernel equals a transpose of the bytes, and can be undone."""
-    out = np.empty((len(elements), elements.shape[1] * elements.itemsize), np.uint8)
+    out = np.empty(elements.nbytes, np.uint8)
 
     shuffle_bytes(elements, out)
 
-    twin = elements.view(np.uint8).reshape(*elements.shape, -1).transpose(0, 2, 1)
-    assert out.tobytes() == np.ascontiguousarray(twin).tobytes()
-    undone = np.empty_like(elements[0])
-    unshuffle_bytes(out[0], undone)
-    assert undone.tolist() == elements[0].tolist()
+    assert out.tobytes() == elements.view(np.uint8).reshape(len(elements), -1).T.tobytes()
+    undone = np.empty_like(elements)
+    unshuffle_bytes(out, undone)
+    assert undone.tolist() == elements.tolist()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -73,7 +80,7 @@ def test_hdf5_decodes_the_chunks_with_its_own_filters(codec, dtype):
         space = h5py.h5s.create_simple(array.shape)
         kind = h5py.h5t.py_create(array.dtype)
         dataset = h5py.h5d.create(file.id, b"x", kind, space, properties)
-        for row, chunk in enumerate(encode(array, codec)):
+        for row, chunk in enumerate(split(encode(array, codec))):
             dataset.write_direct_chunk((row, 0, 0), chunk)
 
         np.testing.assert_array_equal(file["x"][:], array)
@@ -83,30 +90,70 @@ def test_hdf5_decodes_the_chunks_with_its_own_filters(codec, dtype):
 def test_blosc_chunks_are_what_hdf5_would_have_written(codec, level):
     """Byte for byte the output of the HDF5 filter plugin, and the same client data."""
     array = smooth("<i2")
-    blosc = hdf5plugin.Blosc(cname=codec, clevel=level, shuffle=hdf5plugin.Blosc.BITSHUFFLE)
+    shuffle = {"lz4": hdf5plugin.Blosc.SHUFFLE, "zstd": hdf5plugin.Blosc.BITSHUFFLE}[codec]
+    blosc = hdf5plugin.Blosc(cname=codec, clevel=level, shuffle=shuffle)
     with h5py.File(io.BytesIO(), "w") as file:
         dataset = file.create_dataset("x", data=array, chunks=(1, 32, 48), **blosc)
         _, written = dataset.id.read_direct_chunk((0, 0, 0))
         number, _, values, _ = dataset.id.get_create_plist().get_filter(0)
 
-    assert encode(array, codec)[0] == written
+    assert split(encode(array, codec))[0] == written
     (stage,) = filters(codec, 2, array[0].nbytes)
     assert (number, values) == (stage.number, stage.values)
 
 
-def test_scratch_changes_nothing():
-    """Room handed in for the shuffled bytes gives the same chunks."""
-    array = smooth("<i2")
-    room = np.empty((2, array[0].nbytes), np.uint8)
+def noise(dtype):
+    """Bytes that no compressor makes smaller."""
+    return np.frombuffer(np.random.default_rng(0).bytes(80_000), dtype).reshape(4, 50, -1)
 
-    assert encode(array, "deflate", room) == encode(array, "deflate")
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("codec", ["deflate", "lz4", "zstd"])
+def test_kernels_encode_as_the_packages_do(codec, dtype):
+    """Compiled calls of the C functions give the very bytes of isal and numcodecs."""
+    assert HAS_ISAL
+    assert HAS_BLOSC
+    array = np.concatenate([smooth(dtype), smooth(dtype)[:, ::-1] // 3])
+    rows = array.reshape(4, -1).view(f"<u{array.itemsize}")
+    keep = np.array([True, False, True, True])
+
+    chunks = split(encode(array, codec, keep))
+
+    assert chunks == split(encode_one_by_one(rows, codec, keep))
+    assert [bool(chunk) for chunk in chunks] == keep.tolist()
+
+
+@pytest.mark.parametrize("dtype", ["|u1", "<u2", "<u4"])
+@pytest.mark.parametrize("codec", CODECS)
+def test_noise_fits_the_room_and_comes_back(codec, dtype):
+    """What cannot be compressed grows a little, never beyond what was set aside."""
+    array = noise(dtype)
+    flat, sizes = encode(array, codec)
+    assert len(flat) <= room_for(4, array[0].nbytes)
+    out = np.empty_like(array[0])
+    for plain, chunk in zip(array, split((flat, sizes)), strict=True):
+        decode(chunk, codec, out)
+        assert out.tobytes() == plain.tobytes()
+
+
+@given(images, st.sampled_from(CODECS), st.data())
+def test_chunks_that_are_not_kept_have_no_bytes(array, codec, data):
+    """Sizes are 0 there; the others are as if alone."""
+    keep = data.draw(arrays(bool, len(array)))
+
+    chunks = split(encode(array, codec, keep))
+
+    alone = split(encode(array, codec))
+    assert chunks == [
+        chunk if kept else b"" for chunk, kept in zip(alone, keep.tolist(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_broken_chunks_are_errors_that_say_so(codec):
     """Garbage, and a chunk of another size, never come back as pixels."""
     array = smooth("<i2")
-    (small,) = encode(np.ascontiguousarray(array[:1, :8]), codec)
+    (small,) = split(encode(np.ascontiguousarray(array[:1, :8]), codec))
 
     with pytest.raises(ValueError, match="the chunk"):
         decode(small, codec, np.empty_like(array[0]))

@@ -15,7 +15,6 @@ from typing import Any, Self
 
 import h5py
 import numpy as np
-from numpy.typing import NDArray
 
 from parallel_dicomseg.codec import filters
 from parallel_dicomseg.errors import ConversionError, VerificationError

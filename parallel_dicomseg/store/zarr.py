@@ -12,7 +12,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from parallel_dicomseg.codec import BLOSC_LEVEL, encode, mirror_codec
+from parallel_dicomseg.codec import BLOSC, encode, mirror_codec
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.records import Progress
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset
@@ -92,11 +92,12 @@ def _create_array(group: Any, array: ChunkedArray, codec: str, attributes: dict[
 
     # zarr's type for the name of a compressor changed between releases, the name did not
     cname: Any = codec
+    shuffle: Any = {1: "shuffle", 2: "bitshuffle"}[BLOSC[codec].shuffle] if codec in BLOSC else None
     blosc = (
         BloscCodec(
             cname=cname,
-            clevel=BLOSC_LEVEL[codec],
-            shuffle="bitshuffle",
+            clevel=BLOSC[codec].level,
+            shuffle=shuffle,
             typesize=array.dtype.itemsize,
         )
         if codec != "none"
@@ -127,7 +128,7 @@ def _write_shard(
     at = 0
     with path.open("wb") as shard:
         for k, row in enumerate(range(first, min(first + SLICES_PER_SHARD, len(array)))):
-            chunk = array.encoded(row) if shared else encode(array[row][None], codec)[0]
+            chunk = array.encoded(row) if shared else encode(array[row][None], codec)[0].tobytes()
             shard.write(chunk)
             index[k] = at, len(chunk)
             at += len(chunk)

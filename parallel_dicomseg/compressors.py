@@ -1,0 +1,195 @@
+"""ISA-L and blosc called from compiled code, so that a batch of chunks needs the GIL once.
+
+Both libraries come inside Python packages (isal, numcodecs) whose functions take one buffer per
+call. Two threads that call them 128 times per task spend much of their time handing the GIL to
+each other; so the kernels here call the C functions of the very same libraries. For whatever
+compresses, their bytes equal those of the packages' functions, which take over where a symbol is
+not to be found.
+
+The functions get names of their own in LLVM's table (`add_symbol`): loading a library for all the
+process to see would let its zstd and lz4 stand in for those of other packages.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import numcodecs.blosc
+import numpy as np
+from isal import isal_zlib
+from llvmlite import binding
+from numba import types
+from numpy.typing import NDArray
+
+from parallel_dicomseg.jit import kernel
+from parallel_dicomseg.records import Int64, UInt8
+
+Bool = NDArray[np.bool_]
+
+# struct isal_zstream (igzip_lib.h), as places in its array of 16-, 32- or 64-bit words.
+_NEXT_IN_64, _AVAIL_IN_32 = 0, 2
+_NEXT_OUT_64, _AVAIL_OUT_32, _TOTAL_OUT_32 = 2, 6, 7
+_LEVEL_32, _LEVEL_BUFFER_SIZE_32, _LEVEL_BUFFER_64 = 10, 11, 6
+_END_OF_STREAM_16, _FLUSH_16, _FORMAT_16, _HISTORY_BITS_16 = 28, 29, 30, 31
+_ZLIB_FORMAT = 3
+# The struct ends with internal state of some 100 kB; this is more than any release has.
+_STREAM_WORDS = 1 << 17
+# ISAL_DEF_LVL1_LARGE, the default: hash tables and 64 Ki tokens of 4 bytes.
+_LEVEL_BUFFER_BYTES = (20 << 10) + (4 << 16)
+
+_BLOSC_OVERHEAD_BYTES = 16
+
+
+def _register(library: Any, functions: tuple[str, ...]) -> bool:
+    """Make C functions of a Python extension callable from kernels; whether all are there."""
+    handle = ctypes.CDLL(library.__file__)
+    if not all(hasattr(handle, name) for name in functions):
+        return False
+    for name in functions:
+        address = ctypes.cast(getattr(handle, name), ctypes.c_void_p).value
+        binding.add_symbol(f"parallel_dicomseg_{name}", address)
+    return True
+
+
+#: Whether the kernels may be called; else the packages' own functions must do.
+HAS_ISAL = _register(isal_zlib, ("isal_deflate_init", "isal_deflate"))
+HAS_BLOSC = _register(numcodecs.blosc, ("blosc_compress_ctx",))
+
+_isal_deflate_init = types.ExternalFunction(
+    "parallel_dicomseg_isal_deflate_init", types.void(types.intp)
+)
+_isal_deflate = types.ExternalFunction("parallel_dicomseg_isal_deflate", types.int32(types.intp))
+_blosc_compress = types.ExternalFunction(
+    "parallel_dicomseg_blosc_compress_ctx",
+    types.int32(
+        types.int32,  # level
+        types.int32,  # shuffle
+        types.uintp,  # bytes per element
+        types.uintp,  # bytes in
+        types.intp,
+        types.intp,
+        types.uintp,  # room for bytes out
+        types.intp,  # name of the compressor, NUL-terminated
+        types.uintp,  # block size, 0: automatic
+        types.int32,  # threads
+    ),
+)
+
+
+def room_for(chunks: int, chunk_bytes: int) -> int:
+    """Bytes that are enough for any result of `deflate_rows` and `blosc_rows`."""
+    return chunks * (chunk_bytes + chunk_bytes // 8 + 1024)
+
+
+@kernel
+def shuffle_bytes(elements: NDArray[Any], out: UInt8) -> None:
+    """HDF5's shuffle: all lowest bytes, all second bytes, ….
+
+    Parameters
+    ----------
+    elements
+        (count,) unsigned integers, little-endian.
+    out
+        (count x itemsize,) uint8.
+    """
+    count = elements.size
+    for byte in range(elements.itemsize):
+        # one loop per byte: LLVM turns each into vector instructions, a joint one not
+        plane = out[byte * count : (byte + 1) * count]
+        shift = elements.dtype.type(8 * byte)
+        for k in range(count):
+            plane[k] = np.uint8(elements[k] >> shift)
+
+
+@kernel
+def deflate_rows(rows: NDArray[Any], keep: Bool, level: int, out: UInt8, sizes: Int64) -> int:
+    """Shuffle and deflate each row that is kept, one after another into `out`.
+
+    Parameters
+    ----------
+    rows
+        (n, count) unsigned integers, C-contiguous; rows of single bytes are not shuffled.
+    keep
+        (n,) rows to encode.
+    level
+        ISA-L's level, 1.
+    out
+        Room for `room_for(n, bytes of a row)` bytes.
+    sizes
+        (n,) filled with the bytes of each chunk, 0 where not kept.
+
+    Returns
+    -------
+    The bytes used of `out`, or -1 where ISA-L reports an error.
+    """
+    stream = np.zeros(_STREAM_WORDS, np.uint64)
+    words, halves = stream.view(np.uint32), stream.view(np.uint16)
+    level_buffer = np.empty(_LEVEL_BUFFER_BYTES, np.uint8)
+    row_bytes = rows.shape[1] * rows.itemsize
+    planes = np.empty(row_bytes, np.uint8)
+    used = 0
+    for i in range(rows.shape[0]):
+        sizes[i] = 0
+        if not keep[i]:
+            continue
+        source = rows[i].ctypes.data
+        if rows.itemsize > 1:
+            shuffle_bytes(rows[i], planes)
+            source = planes.ctypes.data
+        _isal_deflate_init(stream.ctypes.data)
+        stream[_NEXT_IN_64] = source
+        words[_AVAIL_IN_32] = row_bytes
+        stream[_NEXT_OUT_64] = out.ctypes.data + used
+        words[_AVAIL_OUT_32] = out.size - used
+        words[_LEVEL_32] = level
+        words[_LEVEL_BUFFER_SIZE_32] = level_buffer.size
+        stream[_LEVEL_BUFFER_64] = level_buffer.ctypes.data
+        halves[_END_OF_STREAM_16] = 1
+        halves[_FLUSH_16] = 0
+        halves[_FORMAT_16] = _ZLIB_FORMAT
+        halves[_HISTORY_BITS_16] = 0
+        failed = _isal_deflate(stream.ctypes.data) != 0
+        if failed or words[_AVAIL_IN_32] != 0 or words[_AVAIL_OUT_32] == 0:
+            return -1
+        sizes[i] = words[_TOTAL_OUT_32]
+        used += sizes[i]
+    return used
+
+
+@kernel
+def blosc_rows(
+    rows: NDArray[Any],
+    keep: Bool,
+    level: int,
+    shuffle: int,
+    compressor: UInt8,
+    out: UInt8,
+    sizes: Int64,
+) -> int:
+    """Encode each row that is kept as a blosc frame; as `deflate_rows`.
+
+    `compressor` is the NUL-terminated name, 'lz4' or 'zstd'.
+    """
+    row_bytes = rows.shape[1] * rows.itemsize
+    used = 0
+    for i in range(rows.shape[0]):
+        sizes[i] = 0
+        if keep[i]:
+            size = _blosc_compress(
+                level,
+                shuffle,
+                rows.itemsize,
+                row_bytes,
+                rows[i].ctypes.data,
+                out.ctypes.data + used,
+                row_bytes + _BLOSC_OVERHEAD_BYTES,
+                compressor.ctypes.data,
+                0,
+                1,
+            )
+            if size <= 0:
+                return -1
+            sizes[i] = size
+            used += size
+    return used
