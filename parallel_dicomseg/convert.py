@@ -89,8 +89,7 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
     images[~good] = 0
     contours, digest, bad_contours = read_contours(task)
     masks = _scratch.array("masks", shape, layout.mask_dtype)
-    masks.fill(0)
-    rasterize_batch(contours, masks, rule=layout.rule)
+    rasterize_batch(contours, masks, rule=layout.rule, clear=True)
     measured = measure(
         images,
         masks,

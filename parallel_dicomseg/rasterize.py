@@ -1,9 +1,9 @@
-"""From outlines to masks: exact scanline kernels, and the two masks that Pillow drew before them.
+"""From outlines to masks: an exact scanline rule, and the two rules of masks drawn with Pillow.
 
-The rule `center` and what exact means are told with pictures in docs/geometry.md. In short:
-pixel (row, column) is inside where its centre is, by even-odd parity over all rings of the
-structure; a row meets an edge iff ``low_y <= row < high_y``, and an edge that it meets at the
-exact column ``x`` toggles all pixels from ``ceil(x)`` on. A scanline therefore needs nothing but
+docs/geometry.md tells with pictures what the rules draw. In short, the rule `center`: pixel
+(row, column) is inside where its centre is, by even-odd parity over all rings of the structure; a
+row meets an edge iff ``low_y <= row < high_y``, and an edge that it meets at the exact column
+``x`` toggles all pixels from ``ceil(x)`` on. A scanline therefore needs nothing but
 ``ceil(x)``, and that is certain from rounded arithmetic wherever no integer lies within the
 rounding error's bound of the rounded crossing. Where one does, the sign of
 
@@ -141,17 +141,19 @@ def rasterize_batch(
 ) -> None:
     """Draw all outlines of a batch of slices: bit ``1 << structure`` of each slice's mask.
 
-    One call of one kernel that holds no GIL. The caller hands over cleared masks; other bits
-    of a mask are left as they are.
+    One call of one kernel that holds no GIL.
 
     Parameters
     ----------
     contours : Contours
         Points in pixels (column, row), finite; rings sorted by plane, then structure.
     masks : (n, rows, columns) uint8, uint16, uint32 or uint64, C-contiguous
-        Filled in place.
+        Filled in place; all 0, unless `clear` is given.
     rule : {"center", "pil-outline0", "pil-outline1"}
         See docs/geometry.md.
+    clear : bool
+        Whether the masks may hold anything. Clearing each as it is drawn is faster than clearing
+        all of them beforehand.
 
     Raises
     ------
@@ -304,7 +306,7 @@ def _draw_group(
 ) -> None:
     """Draw the pixels whose centres are inside an odd number of rings.
 
-    `filled[row]` crossings wait in `slots[row]`; all are 0 before and after.
+    `filled[row]` crossings wait in `slots[row]`, in ascending order; none before and after.
     """
     top, bottom = filled.shape[0], 0
     for ring in range(first_ring, end_ring):
@@ -335,7 +337,7 @@ def _note_crossings(
     """Note from which column on each crossing of a ring and a row toggles the row's pixels.
 
     A row whose slots are full is drawn at once: parity does not ask for the order. Returns the
-    range of rows that the ring crosses, and whether the mask is still blank.
+    range of rows that the ring crosses, and the state in which that leaves the mask.
     """
     rows = filled.shape[0]
     top, bottom = rows, 0
@@ -383,7 +385,8 @@ def _draw_rows(
 ) -> None:
     """Toggle the pixels right of an odd number of crossings, and empty the rows' slots.
 
-    On a blank mask the bit is stored, which is a memset where a pixel is a byte. Indices are
+    Where the mask is blank the bit is stored, which is a memset if a pixel is a byte, and what is
+    to be cleared is cleared row by row, so that it is still in the cache. Indices are
     unsigned: negative ones would count from the end, and that check hinders vectorizing.
     """
     width = np.uint64(columns)

@@ -24,7 +24,7 @@ PACKAGE = CHECKOUT / "parallel_dicomseg"
 LEVELS = (
     {"errors", "records"},
     {"jit"},
-    {"posix"},
+    {"posix", "compressors"},
     {"geometry", "rasterize", "codec", "text", "checks"},
     {"dicom"},
     {"sources"},
@@ -44,7 +44,8 @@ LEVELS = (
 
 #: Which modules may import a package; a room stands for all its modules.
 IMPORTERS = {
-    "numba": {"jit", "posix"},
+    "numba": {"jit", "posix", "compressors"},
+    "llvmlite": {"compressors"},
     "dask": {"convert", "config"},
     "distributed": {"convert"},
     "h5py": {"store"},
@@ -52,8 +53,8 @@ IMPORTERS = {
     "google_crc32c": {"store"},
     "hdf5plugin": {"store"},
     "pydicom": {"dicom", "synthetic"},
-    "isal": {"codec"},
-    "numcodecs": {"codec"},
+    "isal": {"codec", "compressors"},
+    "numcodecs": {"codec", "compressors"},
     "matplotlib": {"report.figures"},
     "click": {"cli", "terminal"},
     "rich": {"cli", "terminal", "report.inspection"},

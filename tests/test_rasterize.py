@@ -194,6 +194,14 @@ PICTURES = {
 }
 
 
+@pytest.mark.parametrize("size", [2.0**400, 2.0**1000, 2.0**1022])
+@pytest.mark.parametrize("shift", [-1e-9, -1e-13, 1e-13, 1e-9])
+def test_center_is_exact_where_slopes_underflow(shift: float, size: float) -> None:
+    """An edge of subnormal slope that passes a column of centres closely, left or right of it."""
+    ring = [(-1e-10, -size), (1e-10 + 1e-10 * shift, size), (4.0, 0.0)]
+    np.testing.assert_array_equal(draw_center([ring]), exact.mask([ring], SHAPE))
+
+
 @pytest.mark.parametrize(("rings", "rows"), PICTURES.values(), ids=PICTURES)
 def test_center_draws_what_the_rule_says(rings: list[Ring], rows: list[str]) -> None:
     """The pictures of the documentation."""
@@ -251,6 +259,7 @@ def differences(draw: st.DrawFn) -> tuple[float, ...]:
 @given(differences())
 @example((5e-324, 0.0, 5e-324, 0.0, 5e-324, 0.0, 1e-323, 0.0))
 @example((1e300, -1e-300, 1e300, 0.0, 1e300, 0.0, 1e300, 0.0))
+@example((1e300, 0.0, 1e300, 0.0, 1e300, 0.0, 1.5e300, 0.0))
 def test_products_of_differences_are_compared_exactly(values: tuple[float, ...]) -> None:
     """Both the float64 way and the long integers agree with fractions."""
     a1, a0, b1, b0, c1, c0, d1, d0 = map(Fraction, values)
@@ -284,6 +293,23 @@ def test_pil_rules_equal_pillow(kind: str, rule: str, data: st.DataObject) -> No
     shape = data.draw(st.tuples(st.integers(1, 12), st.integers(1, 12)))
     drawn = rasterize_contours(*flat(rings), shape, rule=rule)
     np.testing.assert_array_equal(drawn, draw_with_pillow(rings, shape, rule))
+
+
+@pytest.mark.parametrize("rule", PIL_RULES)
+@pytest.mark.parametrize(
+    "ring",
+    [
+        pytest.param([(0, 4), (7, 3), (9, 4), (7, 3)], id="a spike and a corner meet in one row"),
+        pytest.param([(1, 2), (0, 4), (9, 0), (11, 3), (9, 1), (0, 3)], id="three flat corners"),
+        pytest.param([(0, 0), (1, 82), (6, 82), (6, 0)], id="0.49999997, rounded in float32"),
+        pytest.param([(0, 0), (6, 82), (1, 82)], id="the same on the right"),
+        pytest.param([(2, 2), (2, 2)], id="a point twice"),
+    ],
+)
+def test_pil_rules_equal_pillow_in_known_hard_cases(rule: str, ring: Ring) -> None:
+    """Where a simpler account of Pillow's algorithm goes wrong."""
+    drawn = rasterize_contours(*flat([ring]), (84, 12), rule=rule)
+    np.testing.assert_array_equal(drawn, draw_with_pillow([ring], (84, 12), rule))
 
 
 @pytest.mark.parametrize("rule", PIL_RULES)

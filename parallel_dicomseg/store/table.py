@@ -53,7 +53,8 @@ def without_identity(slices: SliceTable) -> Columns:
 def _numbered(column: Bytes, word: str) -> Bytes:
     number, count = _running_number(column)
     digits = len(str(count))
-    return np.array([f"{word}-{k + 1:0{digits}d}".encode() for k in number.tolist()], np.bytes_)
+    names = np.array([f"{word}-{k:0{digits}d}".encode() for k in range(1, count + 1)], np.bytes_)
+    return names[number]
 
 
 def _running_number(column: Bytes) -> tuple[Int64, int]:
