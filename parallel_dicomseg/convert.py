@@ -35,7 +35,7 @@ from parallel_dicomseg.records import (
     Checks,
     ChunkTask,
     Cohort,
-    ContourRef,
+    ContourRefs,
     Contours,
     ConvertOptions,
     EncodedChunk,
@@ -43,7 +43,7 @@ from parallel_dicomseg.records import (
     Problem,
     Progress,
     Reason,
-    SliceRef,
+    SliceRefs,
     Summary,
 )
 from parallel_dicomseg.store import Hdf5Writer, mirror_to_zarr, open_dataset
@@ -120,10 +120,10 @@ def read_contours(task: ChunkTask) -> tuple[Contours, NDArray[np.uint64], list[P
     An outline that cannot be read has no ring: its structure is then not annotated on the slice.
     """
     layout = task.layout
-    files = read_contour_files([os.path.join(task.root, ref.path) for ref in task.contours])  # noqa: PTH118
+    files = read_contour_files(task.contours.path, task.root)
     usable = np.diff(files.offsets) > 0
-    plane = np.array([ref.plane for ref in task.contours], np.int64)
-    structure = np.array([ref.structure for ref in task.contours], np.int32)
+    plane = np.array(task.contours.plane, np.int64)
+    structure = np.array(task.contours.structure, np.int32)
     digest = np.zeros((len(task.slices), len(layout.structures)), np.uint64)
     digest[plane[usable], structure[usable]] = files.digest[usable]
     contours = Contours(
@@ -132,14 +132,15 @@ def read_contours(task: ChunkTask) -> tuple[Contours, NDArray[np.uint64], list[P
         plane=plane[usable],
         structure=structure[usable],
     )
-    problems = [_bad_contour(task, task.contours[k], text) for k, text in files.errors]
+    problems = [_bad_contour(task, k, text) for k, text in files.errors]
     return contours, digest, problems
 
 
-def _bad_contour(task: ChunkTask, ref: ContourRef, text: str) -> Problem:
-    name = task.layout.structures[ref.structure]
-    image = task.slices[ref.plane].path
-    return Problem(ref.path, Reason.BAD_CONTOUR, f"{text}; structure {name} of {image}")
+def _bad_contour(task: ChunkTask, k: int, text: str) -> Problem:
+    refs = task.contours
+    name = task.layout.structures[refs.structure[k]]
+    image = task.slices.path[refs.plane[k]]
+    return Problem(refs.path[k], Reason.BAD_CONTOUR, f"{text}; structure {name} of {image}")
 
 
 def _longer_than_header(task: ChunkTask) -> NDArray[np.bool_]:
@@ -147,9 +148,10 @@ def _longer_than_header(task: ChunkTask) -> NDArray[np.bool_]:
     pixels = task.layout.rows * task.layout.columns
     return np.array(
         [
-            bool(ref.stored_dtype)
-            and ref.pixel_length > pixels * np.dtype(ref.stored_dtype).itemsize + 1
-            for ref in task.slices
+            bool(dtype) and length > pixels * np.dtype(dtype).itemsize + 1
+            for dtype, length in zip(
+                task.slices.stored_dtype, task.slices.pixel_length, strict=True
+            )
         ]
     )
 
@@ -162,7 +164,7 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "def
     """
     start = time.perf_counter()
     layout = Layout(
-        slices=2,
+        slices=1,
         rows=8,
         columns=8,
         image_dtype=image_dtype,
@@ -177,9 +179,9 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "def
         source="",
         checks=Checks(),
     )
-    nowhere = SliceRef("\n", 0, 0, 0, 0, image_dtype, 16, 1.0, 0.0)
-    missing = ContourRef("\n", 0, 0)
-    encode_chunk(ChunkTask(0, os.devnull, layout, (nowhere, nowhere), (missing,)))
+    bits = 8 * np.dtype(image_dtype).itemsize
+    nowhere = SliceRefs(("",), (0,), (0,), (0,), (0,), (image_dtype,), (bits,), (1.0,), (0.0,))
+    encode_chunk(ChunkTask(0, os.devnull, layout, nowhere, ContourRefs(("",), (0,), (0,))))
     triangle = Contours(
         points_column_row=np.array([[1.0, 1.0], [6.0, 1.0], [3.0, 6.0]]),
         offsets=np.array([0, 3]),

@@ -26,7 +26,7 @@ from parallel_dicomseg.records import (
     Int64,
     Problem,
     Reason,
-    SliceRef,
+    SliceRefs,
     SliceTable,
     UInt8,
 )
@@ -413,7 +413,7 @@ def scan_headers(
     sizes = np.zeros(n, np.int64)
     status = np.zeros(n, np.int64)
     if AVAILABLE:
-        packed, offsets = pack_paths([os.path.join(root, path) for path in paths])  # noqa: PTH118
+        packed, offsets = pack_paths(paths, os.fspath(root))
         _walk_files(packed, offsets, _WANTED, _LONG_VR, sizes, status, values, spans, pixels)
     else:
         status[:] = _SLOW
@@ -607,7 +607,7 @@ def _read_pixels(
 
 
 def read_images(
-    root: str, slices: Sequence[SliceRef], out: NDArray[Any]
+    root: str, slices: SliceRefs, out: NDArray[Any]
 ) -> tuple[NDArray[np.bool_], list[Problem]]:
     """Decode one frame per slice and rescale it: stored x slope + intercept (PS3.3 C.11.1).
 
@@ -624,61 +624,60 @@ def read_images(
     -------
     (n,) which slices were read, and a Problem for each of the others.
     """
+    failed: dict[int, Problem] = {}
+    for dtype in sorted(set(slices.stored_dtype)):
+        index = [i for i, stored in enumerate(slices.stored_dtype) if stored == dtype]
+        read = _read_native if dtype else _decode_files
+        failed |= read(root, slices, index, out)
     good = np.ones(len(slices), bool)
-    problems: list[Problem] = []
-    for dtype in sorted({ref.stored_dtype for ref in slices}):
-        index = [i for i, ref in enumerate(slices) if ref.stored_dtype == dtype]
-        if dtype:
-            failed = _read_native(root, slices, index, np.dtype(dtype), out)
-        else:
-            failed = _decode_files(root, slices, index, out)
-        good[list(failed)] = False
-        problems += [failed[i] for i in sorted(failed)]
-    return good, problems
+    good[list(failed)] = False
+    return good, [failed[i] for i in sorted(failed)]
 
 
 def _read_native(
-    root: str, slices: Sequence[SliceRef], index: list[int], dtype: np.dtype[Any], out: NDArray[Any]
+    root: str, slices: SliceRefs, index: list[int], out: NDArray[Any]
 ) -> dict[int, Problem]:
-    direct = len(index) == len(slices) and all(_is_stored_as(ref, dtype, out) for ref in slices)
-    raw = out if direct else np.empty((len(index), *out.shape[1:]), dtype)
+    """Read frames of one stored type; the problems by place."""
+    direct = len(index) == len(slices) and _are_stored_as(slices, out.dtype)
+    stored_dtype = slices.stored_dtype[index[0]]
+    raw = out if direct else np.empty((len(index), *out.shape[1:]), stored_dtype)
     rows = raw.reshape(len(index), -1).view(np.uint8)
-    chosen = [slices[i] for i in index]
-    packed, offsets = pack_paths([os.path.join(root, ref.path) for ref in chosen])  # noqa: PTH118
-    sizes = np.array([ref.file_size for ref in chosen], np.int64)
-    starts = np.array([ref.pixel_offset for ref in chosen], np.int64)
+    packed, offsets = pack_paths([slices.path[i] for i in index], root)
+    sizes = np.array(slices.file_size, np.int64)[index]
+    starts = np.array(slices.pixel_offset, np.int64)[index]
     status = np.zeros(len(index), np.int64)
     _read_pixels(packed, offsets, sizes, starts, rows, status)
     if not direct:
         for k, i in enumerate(index):
-            rescale(mask_bits(raw[k], slices[i].bits_stored), slices[i], out[i])
-    return {
-        index[k]: _read_problem(root, chosen[k], int(status[k])) for k in np.flatnonzero(status)
-    }
+            _rescale_into(out[i], mask_bits(raw[k], slices.bits_stored[i]), slices, i)
+    wrong = np.flatnonzero(status).tolist()
+    return {index[k]: _read_problem(root, slices, index[k], int(status[k])) for k in wrong}
 
 
-def _is_stored_as(ref: SliceRef, dtype: np.dtype[Any], out: NDArray[Any]) -> bool:
-    """Whether the bytes in the file are those of the output."""
+def _are_stored_as(slices: SliceRefs, dtype: np.dtype[Any]) -> bool:
+    """Whether the bytes of all files are those of the output."""
     return (
-        dtype == out.dtype
-        and ref.bits_stored == 8 * dtype.itemsize
-        and (ref.rescale_slope, ref.rescale_intercept) == (1.0, 0.0)
+        {np.dtype(stored) for stored in set(slices.stored_dtype)} == {dtype}
+        and set(slices.bits_stored) == {8 * dtype.itemsize}
+        and set(slices.rescale_slope) == {1.0}
+        and set(slices.rescale_intercept) == {0.0}
     )
 
 
-def _read_problem(root: str, ref: SliceRef, status: int) -> Problem:
+def _read_problem(root: str, slices: SliceRefs, i: int, status: int) -> Problem:
+    path = slices.path[i]
     if status == _NOT_OPENED:
         try:
-            os.close(os.open(Path(root) / ref.path, os.O_RDONLY))
+            os.close(os.open(Path(root) / path, os.O_RDONLY))
             text = "could not be opened"
         except OSError as error:
             text = error.strerror or type(error).__name__
-        return Problem(ref.path, Reason.UNREADABLE_FILE, text)
+        return Problem(path, Reason.UNREADABLE_FILE, text)
     if status == _SIZE_CHANGED:
-        text = f"the file had {ref.file_size} bytes when it was scanned and has changed since"
-        return Problem(ref.path, Reason.FILE_CHANGED, text)
-    text = f"the pixels at byte {ref.pixel_offset} could not be read to their end"
-    return Problem(ref.path, Reason.UNREADABLE_FILE, text)
+        text = f"the file had {slices.file_size[i]} bytes when it was scanned and has changed since"
+        return Problem(path, Reason.FILE_CHANGED, text)
+    text = f"the pixels at byte {slices.pixel_offset[i]} could not be read to their end"
+    return Problem(path, Reason.UNREADABLE_FILE, text)
 
 
 def mask_bits(stored: NDArray[Any], bits_stored: int) -> NDArray[Any]:
@@ -689,37 +688,39 @@ def mask_bits(stored: NDArray[Any], bits_stored: int) -> NDArray[Any]:
     return (stored << spare) >> spare
 
 
-def rescale(stored: NDArray[Any], ref: SliceRef, out: NDArray[Any]) -> None:
-    """Write stored x slope + intercept into `out`, computed in float64."""
-    if (ref.rescale_slope, ref.rescale_intercept) == (1.0, 0.0):
+def _rescale_into(out: NDArray[Any], stored: NDArray[Any], slices: SliceRefs, i: int) -> None:
+    """Write stored x slope + intercept of slice i into `out`, computed in float64."""
+    slope, intercept = slices.rescale_slope[i], slices.rescale_intercept[i]
+    if (slope, intercept) == (1.0, 0.0):
         out[...] = stored
     else:
-        out[...] = stored.astype(np.float64) * ref.rescale_slope + ref.rescale_intercept
+        out[...] = stored.astype(np.float64) * slope + intercept
 
 
 def _decode_files(
-    root: str, slices: Sequence[SliceRef], index: list[int], out: NDArray[Any]
+    root: str, slices: SliceRefs, index: list[int], out: NDArray[Any]
 ) -> dict[int, Problem]:
+    """Decode frames one by one through pydicom; the problems by place."""
     failed: dict[int, Problem] = {}
     for i in index:
-        ref = slices[i]
+        path = slices.path[i]
         try:
-            stored = decode_file(Path(root) / ref.path)
+            stored = decode_file(Path(root) / path)
         except OSError as error:
             text = error.strerror or type(error).__name__
-            failed[i] = Problem(ref.path, Reason.UNREADABLE_FILE, text)
+            failed[i] = Problem(path, Reason.UNREADABLE_FILE, text)
             continue
         except _DECODER_ERRORS as error:
-            failed[i] = Problem(ref.path, Reason.UNDECODABLE_PIXELS, _brief(error))
+            failed[i] = Problem(path, Reason.UNDECODABLE_PIXELS, _brief(error))
             continue
-        if stored.shape != out.shape[1:]:
+        if stored.shape == out.shape[1:]:
+            _rescale_into(out[i], stored, slices, i)
+        else:
             text = (
                 f"decoded to {' x '.join(map(str, stored.shape))} pixels, "
                 f"the header says {out.shape[1]} x {out.shape[2]}"
             )
-            failed[i] = Problem(ref.path, Reason.IMAGE_SIZE_DIFFERS, text)
-        else:
-            rescale(stored, ref, out[i])
+            failed[i] = Problem(path, Reason.IMAGE_SIZE_DIFFERS, text)
     return failed
 
 

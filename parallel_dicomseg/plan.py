@@ -14,15 +14,16 @@ from parallel_dicomseg.codec import CODECS
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.rasterize import RULES
 from parallel_dicomseg.records import (
+    Bytes,
     ChunkTask,
     Cohort,
-    ContourRef,
+    ContourRefs,
     ContourTable,
     ConvertOptions,
     Layout,
     Problem,
     Reason,
-    SliceRef,
+    SliceRefs,
     SliceTable,
 )
 
@@ -35,6 +36,16 @@ _TASKS_PER_WORKER = 4
 # A worker holds a slice as stored, converted, shuffled and encoded at the same time.
 _IMAGE_COPIES = 4
 _MASK_COPIES = 2
+# Columns of the SliceTable that a worker needs as they are.
+_COPIED_COLUMNS = (
+    "frame",
+    "file_size",
+    "pixel_offset",
+    "pixel_length",
+    "bits_stored",
+    "rescale_slope",
+    "rescale_intercept",
+)
 _INTEGER_IMAGES = ("|u1", "<i2", "<u2")
 
 
@@ -120,7 +131,7 @@ def _of_one_size(cohort: Cohort) -> tuple[Cohort, tuple[Problem, ...]]:
     keep = (slices.rows == rows) & (slices.columns == columns)
     problems = tuple(
         Problem(
-            _text(slices.path[i]),
+            os.fsdecode(slices.path[i]),
             Reason.IMAGE_SIZE_DIFFERS,
             f"(0028,0010) Rows x (0028,0011) Columns is {slices.rows[i]} x {slices.columns[i]}, "
             f"{sizes[rows, columns]} of {len(slices)} images have {rows} x {columns}",
@@ -215,25 +226,18 @@ def tasks(plan: Plan) -> Iterator[ChunkTask]:
         )
 
 
-def _slice_refs(slices: SliceTable, rows: slice) -> tuple[SliceRef, ...]:
-    columns = (
-        [_text(path) for path in slices.path[rows]],
-        slices.frame[rows].tolist(),
-        slices.file_size[rows].tolist(),
-        slices.pixel_offset[rows].tolist(),
-        slices.pixel_length[rows].tolist(),
-        _stored_dtypes(slices, rows),
-        slices.bits_stored[rows].tolist(),
-        slices.rescale_slope[rows].tolist(),
-        slices.rescale_intercept[rows].tolist(),
+def _slice_refs(slices: SliceTable, rows: slice) -> SliceRefs:
+    return SliceRefs(
+        path=_texts(slices.path[rows]),
+        stored_dtype=_stored_dtypes(slices, rows),
+        **{name: tuple(getattr(slices, name)[rows].tolist()) for name in _COPIED_COLUMNS},
     )
-    return tuple(SliceRef(*values) for values in zip(*columns, strict=True))
 
 
-def _stored_dtypes(slices: SliceTable, rows: slice) -> list[str]:
+def _stored_dtypes(slices: SliceTable, rows: slice) -> tuple[str, ...]:
     """Little-endian NumPy names of the native pixels; '' where the slow path decodes them."""
     names = {8: ("|u1", "|i1"), 16: ("<u2", "<i2"), 32: ("<u4", "<i4")}
-    return [
+    return tuple(
         names[bits][signed] if offset >= 0 and bits in names else ""
         for bits, signed, offset in zip(
             slices.bits_allocated[rows].tolist(),
@@ -241,20 +245,17 @@ def _stored_dtypes(slices: SliceTable, rows: slice) -> list[str]:
             slices.pixel_offset[rows].tolist(),
             strict=True,
         )
-    ]
-
-
-def _contour_refs(contours: ContourTable, rows: slice, first: int) -> tuple[ContourRef, ...]:
-    return tuple(
-        ContourRef(_text(path), plane - first, structure)
-        for path, plane, structure in zip(
-            contours.path[rows],
-            contours.slice[rows].tolist(),
-            contours.structure[rows].tolist(),
-            strict=True,
-        )
     )
 
 
-def _text(path: bytes) -> str:
-    return os.fsdecode(path)
+def _contour_refs(contours: ContourTable, rows: slice, first: int) -> ContourRefs:
+    return ContourRefs(
+        path=_texts(contours.path[rows]),
+        plane=tuple((contours.slice[rows] - first).tolist()),
+        structure=tuple(contours.structure[rows].tolist()),
+    )
+
+
+def _texts(paths: Bytes) -> tuple[str, ...]:
+    """Decode all paths at once."""
+    return tuple(os.fsdecode(b"\0".join(paths.tolist())).split("\0")) if len(paths) else ()

@@ -230,32 +230,38 @@ class Layout:
 
 
 @dataclass(frozen=True, slots=True)
-class SliceRef:
-    """One frame for a worker: what is needed to decode it, and nothing that names a patient."""
+class SliceRefs:
+    """The n frames of a task, column by column: what is needed to decode them, no patient."""
 
-    path: str
+    path: tuple[str, ...]
     """Relative to the cohort's root."""
-    frame: int
-    file_size: int
-    pixel_offset: int
+    frame: tuple[int, ...]
+    file_size: tuple[int, ...]
+    pixel_offset: tuple[int, ...]
     """Offset of the frame's native pixels; -1: decode through the slow path."""
-    pixel_length: int
-    stored_dtype: str
+    pixel_length: tuple[int, ...]
+    stored_dtype: tuple[str, ...]
     """Little-endian NumPy name of the native pixels, e.g. '<i2'; '' on the slow path."""
-    bits_stored: int
-    rescale_slope: float
-    rescale_intercept: float
+    bits_stored: tuple[int, ...]
+    rescale_slope: tuple[float, ...]
+    rescale_intercept: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.path)
 
 
 @dataclass(frozen=True, slots=True)
-class ContourRef:
-    """One outline for a worker."""
+class ContourRefs:
+    """The r outlines of a task, column by column, sorted by (plane, structure)."""
 
-    path: str
+    path: tuple[str, ...]
     """Relative to the cohort's root."""
-    plane: int
+    plane: tuple[int, ...]
     """Which slice of the task."""
-    structure: int
+    structure: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,9 +272,8 @@ class ChunkTask:
     """Plan index of the first slice."""
     root: str
     layout: Layout
-    slices: tuple[SliceRef, ...]
-    contours: tuple[ContourRef, ...]
-    """Sorted by (plane, structure)."""
+    slices: SliceRefs
+    contours: ContourRefs
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,7 +48,7 @@ def take_inventory(cohort: Cohort) -> Inventory:
     """Count what is in a cohort."""
     slices, contours = cohort.slices, cohort.contours
     spacing = [
-        "unknown" if math.isnan(row[0]) else f"{row[0]:.4g} x {row[1]:.4g} mm"
+        "unknown" if math.isnan(row[0]) else f"{row[0]:.7g} x {row[1]:.7g} mm"
         for row in slices.pixel_spacing.tolist()
     ]
     sizes = [

@@ -89,7 +89,7 @@ def parse_decimals(raw: NDArray[np.uint8]) -> Float64:
     return values
 
 
-def read_contour_files(paths: Sequence[str]) -> ContourFiles:
+def read_contour_files(paths: Sequence[str], folder: str = "") -> ContourFiles:
     """Read text files of one outline each: a line per point, column then row.
 
     A line is two numbers separated by white space or one comma. Blank lines, any kind of line end,
@@ -99,20 +99,24 @@ def read_contour_files(paths: Sequence[str]) -> ContourFiles:
     Parameters
     ----------
     paths : sequence of str
-        r paths that can be opened from here.
+        r paths, relative to `folder` where that is given.
+    folder : str
+        Directory of all of them.
 
     Returns
     -------
     ContourFiles
     """
     if not posix.AVAILABLE:
-        return _joined([_read_outline(path) for path in paths])
-    points, offsets, digest, known = _read_outlines(*posix.pack_paths(paths))
+        return _joined([_read_outline(os.path.join(folder, path)) for path in paths])  # noqa: PTH118
+    points, offsets, digest, known = _read_outlines(*posix.pack_paths(paths, folder))
     if known.all():
         return ContourFiles(points, offsets, digest, ())
     return _joined(
         [
-            _Outline(points[start:stop], value) if good else _read_outline(path)
+            _Outline(points[start:stop], value)
+            if good
+            else _read_outline(os.path.join(folder, path))  # noqa: PTH118
             for path, (start, stop), value, good in zip(
                 paths, pairwise(offsets.tolist()), digest.tolist(), known.tolist(), strict=True
             )

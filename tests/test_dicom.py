@@ -23,7 +23,7 @@ from pydicom.uid import (
 )
 
 from parallel_dicomseg.dicom import _slow_row, decode_file, mask_bits, read_images, scan_headers
-from parallel_dicomseg.records import Problem, Reason, SliceRef, SliceTable
+from parallel_dicomseg.records import Problem, Reason, SliceRefs, SliceTable
 
 PYDICOM_FILES = (
     "CT_small.dcm",
@@ -97,16 +97,17 @@ def assert_equals_slow_path(table, row, path):
             )
 
 
-def ref(table, row=0, *, stored_dtype="<i2"):
-    """What a worker is given for one row."""
-    names = ("frame", "file_size", "pixel_offset", "pixel_length")
-    return SliceRef(
-        os.fsdecode(table.path[row]),
-        *(int(getattr(table, name)[row]) for name in names),
-        stored_dtype if table.pixel_offset[row] >= 0 else "",
-        int(table.bits_stored[row]),
-        float(table.rescale_slope[row]),
-        float(table.rescale_intercept[row]),
+def refs(table, *rows, stored_dtype="<i2"):
+    """What a worker is given for some rows of a table, all of them by default."""
+    rows = list(rows or range(len(table)))
+    names = ("frame", "file_size", "pixel_offset", "pixel_length", "bits_stored")
+    columns = {name: tuple(getattr(table, name)[rows].tolist()) for name in names}
+    return SliceRefs(
+        path=tuple(os.fsdecode(path) for path in table.path[rows].tolist()),
+        stored_dtype=tuple(stored_dtype if at >= 0 else "" for at in columns["pixel_offset"]),
+        rescale_slope=tuple(table.rescale_slope[rows].tolist()),
+        rescale_intercept=tuple(table.rescale_intercept[rows].tolist()),
+        **columns,
     )
 
 
@@ -130,7 +131,7 @@ def test_pixels_of_the_real_cohort_equal_pydicoms(shared_data):
     table, _ = scan_headers(root, paths, ["patient"] * len(paths))
     out = np.empty((len(paths), 256, 256), "<i2")
 
-    good, problems = read_images(str(root), [ref(table, k) for k in range(len(paths))], out)
+    good, problems = read_images(str(root), refs(table), out)
 
     assert (good.all(), problems) == (True, [])
     for row, path in enumerate(paths):
@@ -179,7 +180,7 @@ def test_fast_and_slow_path_agree_on_generated_files(tmp_path, syntax, kind):
     native = syntax in (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
     assert (table.pixel_offset[0] > 0) == native
     out = np.zeros((1, 4, 6), "<f4")
-    good, problems = read_images(str(tmp_path), [ref(table)], out)
+    good, problems = read_images(str(tmp_path), refs(table), out)
     assert (good.tolist(), problems) == ([True], [])
     slope, intercept = (-2.5, 100.0) if kind == "odd" else (1.0, 0.0)
     np.testing.assert_array_equal(out[0], np.arange(24).reshape(4, 6) * slope + intercept)
@@ -205,7 +206,7 @@ def test_pydicoms_files_are_read_as_pydicom_reads_them_or_rejected_with_a_reason
     dtype = {0: "<u2", 1: "<i2"}[int(found.pixel_representation[0])]
     dtype = {1: "", 8: "|u1"}.get(int(found.bits_allocated[0]), dtype)
     out = np.zeros(shape, "<f8")
-    good, problems = read_images(str(tmp_path), [ref(found, stored_dtype=dtype)], out)
+    good, problems = read_images(str(tmp_path), refs(found, stored_dtype=dtype), out)
     if good[0]:
         image = pydicom.dcmread(path)
         slope = float(image.get("RescaleSlope", 1))
@@ -295,7 +296,7 @@ def test_a_file_that_changed_since_the_scan_is_rejected(tmp_path):
     table = scan_one(path)
     path.write_bytes(path.read_bytes() + b"\0\0")
 
-    good, (problem,) = read_images(str(tmp_path), [ref(table)], np.zeros((1, 4, 6), "<i2"))
+    good, (problem,) = read_images(str(tmp_path), refs(table), np.zeros((1, 4, 6), "<i2"))
 
     assert not good[0]
     assert problem.reason == Reason.FILE_CHANGED
@@ -310,7 +311,7 @@ def test_a_file_that_vanished_is_rejected_and_its_neighbour_is_not(tmp_path):
     (tmp_path / "a.dcm").unlink()
     out = np.zeros((2, 4, 6), "<i2")
 
-    good, (problem,) = read_images(str(tmp_path), [ref(table, 0), ref(table, 1)], out)
+    good, (problem,) = read_images(str(tmp_path), refs(table), out)
 
     assert good.tolist() == [False, True]
     assert problem == Problem("a.dcm", Reason.UNREADABLE_FILE, "No such file or directory")
@@ -336,6 +337,6 @@ def test_twelve_bits_with_an_overlay_above_them(tmp_path):
     table = scan_one(save(dataset, tmp_path / "image.dcm"))
     out = np.zeros((1, 4, 6), "<i2")
 
-    read_images(str(tmp_path), [ref(table, stored_dtype="<u2")], out)
+    read_images(str(tmp_path), refs(table, stored_dtype="<u2"), out)
 
     np.testing.assert_array_equal(out[0], np.arange(24).reshape(4, 6))

@@ -54,12 +54,14 @@ def test_tasks_hold_every_slice_and_every_outline_once_in_order(n, size, places)
     made = list(tasks(plan))
 
     assert len(made) == plan.task_count
-    assert [ref.path for task in made for ref in task.slices] == [f"{k}.dcm" for k in range(n)]
+    assert [path for task in made for path in task.slices.path] == [f"{k}.dcm" for k in range(n)]
     assert [task.first for task in made] == list(range(0, n, plan.slices_per_task))
     assert [
-        (task.first + ref.plane, ref.structure) for task in made for ref in task.contours
+        (task.first + plane, structure)
+        for task in made
+        for plane, structure in zip(task.contours.plane, task.contours.structure, strict=True)
     ] == places
-    assert all(0 <= ref.plane < len(task.slices) for task in made for ref in task.contours)
+    assert all(0 <= plane < len(task.slices) for task in made for plane in task.contours.plane)
 
 
 def test_images_of_another_size_are_rejected_with_both_numbers():
