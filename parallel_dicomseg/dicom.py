@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -51,9 +51,18 @@ COLUMNS = 0x00280011
 PIXEL_SPACING = 0x00280030
 BITS_ALLOCATED = 0x00280100
 BITS_STORED = 0x00280101
+HIGH_BIT = 0x00280102
 PIXEL_REPRESENTATION = 0x00280103
 RESCALE_INTERCEPT = 0x00281052
 RESCALE_SLOPE = 0x00281053
+
+# What changes pixel values in ways that this program does not apply, or would not notice.
+_UNSUPPORTED_SEQUENCES = {
+    0x00283000: "(0028,3000) Modality LUT Sequence",
+    0x52009229: "(5200,9229) Shared Functional Groups Sequence",
+    0x52009230: "(5200,9230) Per-frame Functional Groups Sequence",
+}
+_GREY = (b"", b"MONOCHROME1", b"MONOCHROME2")
 
 _TEXT_TAGS = {
     "transfer_syntax_uid": TRANSFER_SYNTAX_UID,
@@ -71,6 +80,7 @@ _SHORT_TAGS: dict[str, tuple[int, int | None]] = {
     "samples_per_pixel": (SAMPLES_PER_PIXEL, 1),
     "bits_allocated": (BITS_ALLOCATED, None),
     "bits_stored": (BITS_STORED, None),
+    "high_bit": (HIGH_BIT, -1),
     "pixel_representation": (PIXEL_REPRESENTATION, 0),
 }
 # name -> (tag, how many numbers, value where absent)
@@ -90,6 +100,7 @@ _WANTED = np.array(
             *_TEXT_TAGS.values(),
             *(tag for tag, _ in _SHORT_TAGS.values()),
             *(tag for tag, _, _ in _DECIMAL_TAGS.values()),
+            *_UNSUPPORTED_SEQUENCES,
         ]
     ),
     dtype=np.int64,
@@ -114,6 +125,8 @@ _UNDEFINED_LENGTH = 0xFFFFFFFF
 _WINDOW_BYTES = 8192
 _VALUE_BYTES = 2048
 _LONGEST_VALUE = 256
+# A sequence of one empty item: the Arterys files have such functional groups.
+_EMPTY_ITEM_BYTES = 8
 _PIXEL_DATA = 0x7FE00010
 _ITEM_GROUP = 0xFFFE
 _ITEM = 0xFFFEE000
@@ -363,28 +376,51 @@ def _short_column(values: UInt8, spans: Int64, absent: int) -> Int64:
 
 
 def _decimal_column(values: UInt8, spans: Int64, count: int, absent: float) -> Float64:
-    """Numbers of a DS or IS element, (n, count); `absent` where it is missing or malformed."""
+    """Numbers of a DS or IS element, (n, count); `absent` without one, NaN where malformed.
+
+    All plain rows are parsed in one go, so each of them must hold exactly `count` numbers: one
+    more or less would move those of every row below. The others are decided one by one.
+    """
     out = np.full((len(spans), count), absent)
     width = int(spans[:, 1].max(initial=0)) + 1
     raw = np.empty((len(spans), width), np.uint8)
     _gather(values, spans, 32, raw)
-    usable = (spans[:, 1] > 0) & ((raw == 92).sum(axis=1) == count - 1)
-    if not usable.any():
-        return out
+    filled = raw > 32
+    plain = _is_plain(raw, filled, count)
     try:
-        out[usable] = parse_decimals(raw[usable].ravel()).reshape(-1, count)
+        out[plain] = parse_decimals(raw[plain].ravel()).reshape(-1, count)
     except ValueError:
-        for i in np.flatnonzero(usable):
-            out[i] = _floats(raw[i].tobytes(), count, absent)
+        plain[:] = False
+    for i in np.flatnonzero(filled.any(axis=1) & ~plain):
+        out[i] = _floats(raw[i].tobytes(), count)
     return out
 
 
-def _floats(raw: bytes, count: int, absent: float) -> list[float]:
+def _is_plain(raw: UInt8, filled: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
+    """(n,) rows of `count` values with a backslash between two and nothing else around them."""
+    length = filled.sum(axis=1)
+    unbroken = np.arange(raw.shape[1]) < length[:, None]
+    backslash = raw == 92
+    lonely = backslash & (np.roll(backslash, 1, axis=1) | ~np.roll(filled, -1, axis=1))
+    plain: NDArray[np.bool_] = (
+        (length > 0)
+        & (filled == unbroken).all(axis=1)
+        & (backslash.sum(axis=1) == count - 1)
+        & ~backslash[:, 0]
+        & ~lonely.any(axis=1)
+        & ~(raw == 44).any(axis=1)
+    )
+    return plain
+
+
+def _floats(raw: bytes, count: int) -> list[float]:
+    """The values of one element; all NaN unless there are `count` finite numbers."""
     try:
         numbers = [float(part) for part in raw.decode("ascii").split("\\")]
     except ValueError:
-        return [absent] * count
-    return numbers if np.isfinite(numbers).all() else [absent] * count
+        return [np.nan] * count
+    good = len(numbers) == count and bool(np.isfinite(numbers).all())
+    return numbers if good else [np.nan] * count
 
 
 def scan_headers(
@@ -430,11 +466,11 @@ def scan_headers(
             for name, value in row.items():
                 columns[name] = _with(columns[name], i, value)
     _find_problems(columns, paths, problems)
-    frames = columns.pop("number_of_frames")
+    columns["instance_number"] = _whole_numbers(columns["instance_number"])
     table = SliceTable(
         path=np.array([os.fsencode(path) for path in paths], dtype=np.bytes_),
         patient_id=np.array([os.fsencode(patient) for patient in patients], dtype=np.bytes_),
-        frame=np.zeros(len(frames), np.int32),
+        frame=np.zeros(n, np.int32),
         **{f.name: columns[f.name] for f in fields(SliceTable) if f.name in columns},
     )
     good = np.ones(n, bool)
@@ -452,8 +488,20 @@ def _columns(values: UInt8, spans: Int64) -> dict[str, Any]:
     for name, (tag, count, fill) in _DECIMAL_TAGS.items():
         column = _decimal_column(values, spans[:, _SLOT[tag]], count, fill)
         columns[name] = column[:, 0] if count == 1 else column
-    columns["instance_number"] = columns["instance_number"].astype(np.int64)
+    present = [spans[:, _SLOT[tag], 1] > _EMPTY_ITEM_BYTES for tag in _UNSUPPORTED_SEQUENCES]
+    columns["unsupported_sequence"] = _first_of(np.array(present))
     return columns
+
+
+def _first_of(present: NDArray[np.bool_]) -> Int64:
+    """(n,) which of the unsupported sequences (k, n) is there, -1: none."""
+    return np.where(present.any(axis=0), present.argmax(axis=0), -1)
+
+
+def _whole_numbers(column: Float64) -> Int64:
+    """Integers within 31 bits; -1 for whatever is none."""
+    whole = (column == np.rint(column)) & (np.abs(column) < 2**31)
+    return np.where(whole, column, -1).astype(np.int64)
 
 
 def _with(column: NDArray[Any], row: int, value: Any) -> NDArray[Any]:
@@ -483,7 +531,9 @@ def _slow_row(file: Path, path: str) -> dict[str, Any] | Problem:
     except OSError as error:
         return Problem(path, Reason.UNREADABLE_FILE, error.strerror or type(error).__name__)
     except _DECODER_ERRORS as error:
-        return Problem(path, Reason.NOT_DICOM, f"the header cannot be read: {_brief(error)}")
+        # only the kind of the error: pydicom's texts quote values of the header
+        kind = type(error).__name__
+        return Problem(path, Reason.NOT_DICOM, f"the header cannot be read ({kind})")
     if row is None:
         return Problem(path, Reason.MISSING_TAG, "(7FE0,0010) Pixel Data is missing")
     return {**row, "file_size": size, "pixel_offset": -1, "pixel_length": -1}
@@ -505,15 +555,15 @@ def _row_of(dataset: Any) -> dict[str, Any] | None:
         element = dataset.get(tag)
         raw = "" if element is None or element.value is None else element.value
         parts = [raw] if count == 1 else list(raw)
-        numbers = _floats("\\".join(str(part) for part in parts).encode(), count, fill)
-        numbers = numbers if len(numbers) == count else [fill] * count
+        text = "\\".join(str(part) for part in parts).encode()
+        numbers = _floats(text, count) if text.strip() else [fill] * count
         row[name] = numbers[0] if count == 1 else numbers
+    present = [
+        [any(map(len, dataset[tag].value or ()))] if tag in dataset else [False]
+        for tag in _UNSUPPORTED_SEQUENCES
+    ]
+    row["unsupported_sequence"] = int(_first_of(np.array(present))[0])
     return row
-
-
-def _brief(error: BaseException) -> str:
-    """One line of an exception: its kind and the start of its text."""
-    return f"{type(error).__name__}: {str(error).splitlines()[0][:160] if str(error) else ''}"
 
 
 def _find_problems(
@@ -538,13 +588,26 @@ def _find_problems(
                 columns[name] <= 0,
                 Reason.MISSING_TAG,
                 lambda i, name=name, label=label: (
-                    f"{label} is missing" if columns[name][i] < 0 else f"{label} is 0"
+                    f"{label} is missing or malformed" if columns[name][i] < 0 else f"{label} is 0"
                 ),
             )
     add(
         frames != 1,
         Reason.UNSUPPORTED_PIXELS,
         lambda i: f"(0028,0008) Number of Frames is {frames[i]:g}, 1 is supported",
+    )
+    grey = np.isin(columns["photometric_interpretation"], _GREY)
+    add(
+        ~grey,
+        Reason.UNSUPPORTED_PIXELS,
+        lambda _: "(0028,0004) Photometric Interpretation is neither MONOCHROME1 nor MONOCHROME2",
+    )
+    sequence = columns["unsupported_sequence"]
+    names = list(_UNSUPPORTED_SEQUENCES.values())
+    add(
+        sequence >= 0,
+        Reason.UNSUPPORTED_PIXELS,
+        lambda i: f"{names[sequence[i]]} is there and not supported",
     )
     samples = columns["samples_per_pixel"]
     add(
@@ -560,7 +623,23 @@ def _find_problems(
             f"(0028,0100) Bits Allocated {columns['bits_allocated'][i]}"
         ),
     )
+    high_bit, bits_stored = columns["high_bit"], columns["bits_stored"]
+    add(
+        (high_bit >= 0) & (high_bit != bits_stored - 1),
+        Reason.UNSUPPORTED_PIXELS,
+        lambda i: (
+            f"(0028,0102) High Bit is {high_bit[i]}, (0028,0101) Bits Stored {bits_stored[i]}; "
+            f"{bits_stored[i] - 1} is supported"
+        ),
+    )
+    representation = columns["pixel_representation"]
+    add(
+        (representation != 0) & (representation != 1),
+        Reason.UNSUPPORTED_PIXELS,
+        lambda i: f"(0028,0103) Pixel Representation is {representation[i]}, it can be 0 or 1",
+    )
     held = np.minimum(columns["pixel_length"], columns["file_size"] - columns["pixel_offset"])
+    held = np.maximum(held, 0)
     add(
         native & (held < expected),
         Reason.PIXEL_DATA_SHORT,
@@ -569,11 +648,25 @@ def _find_problems(
             f"{columns['rows'][i]} x {columns['columns'][i]} x {bits[i]} need {expected[i]}"
         ),
     )
-    slope = columns["rescale_slope"]
+    _find_scale_problems(columns, add)
+
+
+def _find_scale_problems(columns: dict[str, Any], add: Callable[..., None]) -> None:
+    """Reject slopes and intercepts that are no numbers, or make numbers that nothing holds."""
+    slope, intercept = columns["rescale_slope"], columns["rescale_intercept"]
+    for label, column in (
+        ("(0028,1052) Rescale Intercept", intercept),
+        ("(0028,1053) Rescale Slope", slope),
+    ):
+        text = f"{label} is no finite number"
+        add(~np.isfinite(column), Reason.UNSUPPORTED_PIXELS, lambda _, text=text: text)
+    add(slope == 0, Reason.UNSUPPORTED_PIXELS, lambda _: "(0028,1053) Rescale Slope is 0")
+    with np.errstate(over="ignore", invalid="ignore"):
+        largest = np.exp2(columns["bits_stored"].astype(float)) * np.abs(slope) + np.abs(intercept)
     add(
-        slope == 0,
+        largest > np.finfo(np.float32).max,
         Reason.UNSUPPORTED_PIXELS,
-        lambda _: "(0028,1053) Rescale Slope is 0",
+        lambda i: f"Rescale Slope {slope[i]:g}, Intercept {intercept[i]:g}: beyond float32",
     )
 
 
@@ -711,7 +804,9 @@ def _decode_files(
             failed[i] = Problem(path, Reason.UNREADABLE_FILE, text)
             continue
         except _DECODER_ERRORS as error:
-            failed[i] = Problem(path, Reason.UNDECODABLE_PIXELS, _brief(error))
+            kind = type(error).__name__
+            text = f"no decoder could read the frame ({kind}); is one for its syntax installed?"
+            failed[i] = Problem(path, Reason.UNDECODABLE_PIXELS, text)
             continue
         if stored.shape == out.shape[1:]:
             _rescale_into(out[i], stored, slices, i)

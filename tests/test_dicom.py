@@ -22,7 +22,15 @@ from pydicom.uid import (
     MRImageStorage,
 )
 
-from parallel_dicomseg.dicom import _slow_row, decode_file, mask_bits, read_images, scan_headers
+from parallel_dicomseg import dicom
+from parallel_dicomseg.dicom import (
+    _decimal_column,
+    _slow_row,
+    decode_file,
+    mask_bits,
+    read_images,
+    scan_headers,
+)
 from parallel_dicomseg.records import Problem, Reason, SliceRefs, SliceTable
 
 PYDICOM_FILES = (
@@ -228,6 +236,15 @@ def test_pydicoms_files_are_read_as_pydicom_reads_them_or_rejected_with_a_reason
         ({"SamplesPerPixel": 3}, Reason.UNSUPPORTED_PIXELS, "Samples per Pixel is 3"),
         ({"BitsStored": 17}, Reason.UNSUPPORTED_PIXELS, "Stored is 17, .*Allocated 16"),
         ({"RescaleSlope": "0"}, Reason.UNSUPPORTED_PIXELS, "Rescale Slope is 0"),
+        ({"RescaleSlope": "1e300"}, Reason.UNSUPPORTED_PIXELS, "Slope 1e.300, .*beyond float32"),
+        ({"HighBit": 14}, Reason.UNSUPPORTED_PIXELS, "High Bit is 14, .* Bits Stored 16; 15 is"),
+        ({"PixelRepresentation": 2}, Reason.UNSUPPORTED_PIXELS, "Representation is 2, .* 0 or 1"),
+        ({"PhotometricInterpretation": "PALETTE COLOR"}, Reason.UNSUPPORTED_PIXELS, "neither MONO"),
+        (
+            {"ModalityLUTSequence": [mr_image()]},
+            Reason.UNSUPPORTED_PIXELS,
+            r"\(0028,3000\) Modality LUT Sequence is there",
+        ),
     ],
 )
 def test_headers_that_rule_out_decoding_are_rejected_with_tag_and_numbers(
@@ -239,6 +256,69 @@ def test_headers_that_rule_out_decoding_are_rejected_with_tag_and_numbers(
     assert isinstance(problem, Problem)
     assert (problem.path, problem.reason) == ("image.dcm", reason)
     assert re.search(words, problem.detail), problem.detail
+
+
+VALUES = [b"1", b"-2.5", b"3e1", b"", b" ", b"4,5", b"6 7", b"x", b"nan"]
+decimals = st.one_of(
+    st.lists(st.sampled_from(VALUES), max_size=3).map(b"\\".join),
+    st.floats(allow_nan=False, allow_infinity=False).map(lambda value: repr(value).encode()[:16]),
+)
+
+
+@given(st.lists(decimals, min_size=1, max_size=8), st.integers(1, 2))
+def test_no_malformed_value_moves_those_of_other_files(texts, count):
+    """Each row is what Python's float makes of its own text: absent, `count` numbers, or NaN."""
+    width = max(1, *map(len, texts))
+    padded = b"".join(text.ljust(width) for text in texts)
+    values = np.frombuffer(padded, np.uint8).reshape(len(texts), width).copy()
+    spans = np.array([[0, len(text)] for text in texts], np.int64)
+
+    column = _decimal_column(values, spans, count, -7.0)
+
+    for text, row in zip(texts, column.tolist(), strict=True):
+        expected = [-7.0] * count
+        if text.strip(b" "):
+            try:
+                expected = [float(part) for part in text.decode().split("\\")]
+            except ValueError:
+                expected = []
+            if len(expected) != count or not np.isfinite(expected).all():
+                expected = [np.nan] * count
+        np.testing.assert_array_equal(row, expected)
+
+
+@pytest.mark.parametrize("slow", [False, True])
+@pytest.mark.parametrize(
+    ("number", "expected"),
+    [("7", 7), ("1.9", -1), ("99999999999999999999", -1), ("  ", -1), ("3 4", -1), ("-5", -5)],
+)
+def test_instance_numbers_are_whole_or_absent(tmp_path, monkeypatch, slow, number, expected):
+    """Nothing is truncated or wrapped into a number that another image may have."""
+    monkeypatch.setattr(dicom, "AVAILABLE", not slow)
+    dataset = mr_image()
+    dataset["InstanceNumber"] = pydicom.DataElement(0x00200013, "LO", number)
+    path = save(dataset, tmp_path / "image.dcm", ImplicitVRLittleEndian)
+
+    found = scan_one(path)
+
+    if isinstance(found, Problem):  # pydicom itself refuses some of these
+        assert slow
+        assert found.reason == Reason.NOT_DICOM
+    else:
+        assert found.instance_number.tolist() == [expected]
+
+
+@pytest.mark.parametrize("text", ["0,5", "nan", "0.5\\2", "x"])
+def test_a_malformed_slope_is_never_read_as_one(tmp_path, text):
+    """An absent slope is 1; one that cannot be read rejects the file."""
+    dataset = mr_image()
+    dataset["RescaleSlope"] = pydicom.DataElement(0x00281053, "LO", text.split("\\"))
+    path = save(dataset, tmp_path / "image.dcm", ImplicitVRLittleEndian)
+
+    problem = scan_one(path)
+
+    assert isinstance(problem, Problem)
+    assert "(0028,1053) Rescale Slope is no finite number" in problem.detail
 
 
 def test_files_that_are_no_images_are_rejected_and_cost_nothing_else(tmp_path):
