@@ -52,8 +52,27 @@ def _register(library: Any, functions: tuple[str, ...]) -> bool:
     return True
 
 
+def _isal_stream_fits() -> bool:
+    """Whether a stream laid out as above makes what isal makes: the struct is not ours to fix."""
+    library = ctypes.CDLL(isal_zlib.__file__)
+    data = np.arange(4096, dtype=np.uint16).view(np.uint8)
+    out, level_buffer = np.zeros(16384, np.uint8), np.empty(_LEVEL_BUFFER_BYTES, np.uint8)
+    stream = np.zeros(_STREAM_WORDS, np.uint64)
+    words, halves = stream.view(np.uint32), stream.view(np.uint16)
+    library.isal_deflate_init(ctypes.c_void_p(stream.ctypes.data))
+    stream[_NEXT_IN_64], words[_AVAIL_IN_32] = data.ctypes.data, data.size
+    stream[_NEXT_OUT_64], words[_AVAIL_OUT_32] = out.ctypes.data, out.size
+    words[_LEVEL_32], words[_LEVEL_BUFFER_SIZE_32] = 1, level_buffer.size
+    stream[_LEVEL_BUFFER_64] = level_buffer.ctypes.data
+    halves[_END_OF_STREAM_16], halves[_FORMAT_16] = 1, _ZLIB_FORMAT
+    library.isal_deflate(ctypes.c_void_p(stream.ctypes.data))
+    made = out[: int(words[_TOTAL_OUT_32])].tobytes()
+    return made == isal_zlib.compress(data, 1)
+
+
 #: Whether the kernels may be called; else the packages' own functions must do.
-HAS_ISAL = _register(isal_zlib, ("isal_deflate_init", "isal_deflate"))
+HAS_ISAL = _register(isal_zlib, ("isal_deflate_init", "isal_deflate")) and _isal_stream_fits()
+HAS_CRC32C = _register(isal_zlib, ("crc32_iscsi",))
 HAS_BLOSC = _register(numcodecs.blosc, ("blosc_compress_ctx",))
 
 _isal_deflate_init = types.ExternalFunction(
@@ -74,6 +93,11 @@ _blosc_compress = types.ExternalFunction(
         types.uintp,  # block size, 0: automatic
         types.int32,  # threads
     ),
+)
+
+
+_crc32_iscsi = types.ExternalFunction(
+    "parallel_dicomseg_crc32_iscsi", types.uint32(types.intp, types.int32, types.uint32)
 )
 
 
@@ -193,3 +217,19 @@ def blosc_rows(
             sizes[i] = size
             used += size
     return used
+
+
+@kernel
+def crc32c_of(data: UInt8, start: int, size: int) -> int:
+    """CRC-32C (RFC 3720, appendix B.4) of `data[start : start + size]`."""
+    crc = _crc32_iscsi(data.ctypes.data + start, size, np.uint32(0xFFFFFFFF))
+    return int(np.uint32(crc) ^ np.uint32(0xFFFFFFFF))
+
+
+@kernel
+def crc32c_of_rows(flat: UInt8, sizes: Int64, checksums: NDArray[np.uint32]) -> None:
+    """Checksums of chunks that lie one after another; 0 for those without bytes."""
+    start = 0
+    for i in range(len(sizes)):
+        checksums[i] = crc32c_of(flat, start, sizes[i])
+        start += sizes[i]

@@ -1,32 +1,27 @@
-"""Convert a cohort: one pure function per task, and the Dask driver round it.
+"""Convert a cohort: one pure function per task, and the driver round it.
 
 `for task in tasks(plan): writer.put(encode_chunk(task))` is the whole program; Dask only spreads
-it. Results are committed in the order of the plan, so the output does not depend on who was
-faster.
+it (schedulers.py). Results are committed in the order of the plan, so the output does not depend
+on who was faster.
 """
 
 from __future__ import annotations
 
-import importlib
 import os
 import threading
 import time
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from concurrent.futures import BrokenExecutor
 from dataclasses import replace
-from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.checks import measure
-from parallel_dicomseg.codec import encode
+from parallel_dicomseg.codec import checksums, encode
 from parallel_dicomseg.dicom import read_images
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.plan import Plan, make_plan, tasks
@@ -46,13 +41,9 @@ from parallel_dicomseg.records import (
     SliceRefs,
     Summary,
 )
-from parallel_dicomseg.store import Hdf5Writer, mirror_to_zarr, open_dataset
+from parallel_dicomseg.schedulers import Job, Pending, open_scheduler
+from parallel_dicomseg.store import Hdf5Writer, check_mirror, mirror_to_zarr, open_dataset
 from parallel_dicomseg.text import read_contour_files
-
-LOCAL_SCHEDULERS = ("synchronous", "threads", "processes")
-# A cluster on which no worker shows up, or on which none can answer, ends the run.
-_WORKERS_TIMEOUT_S = 60
-
 
 # --- one task ------------------------------------------------------------------------------------
 
@@ -109,6 +100,8 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
         image_sizes=image_sizes,
         mask_bytes=mask_bytes,
         mask_sizes=mask_sizes,
+        image_crc32c=checksums(image_bytes, image_sizes),
+        mask_crc32c=checksums(mask_bytes, mask_sizes),
         measured=measured,
         problems=(*problems, *bad_contours),
     )
@@ -192,22 +185,7 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "def
     return time.perf_counter() - start
 
 
-def _warm_up_for(layout: Layout) -> None:
-    warm_up(layout.image_dtype, layout.mask_dtype, layout.codec)
-
-
 # --- the driver ----------------------------------------------------------------------------------
-
-
-class _Pending(Protocol):
-    """What every scheduler hands out for a task."""
-
-    def result(self) -> EncodedChunk: ...
-
-    def cancel(self) -> Any: ...
-
-
-_Submit = Callable[[ChunkTask], _Pending]
 
 
 def convert_cohort(
@@ -247,12 +225,13 @@ def convert_cohort(
     options = options or ConvertOptions()
     output = Path(output)
     start = time.perf_counter()
-    _check_output(output, options)
+    check_output(output, options)
     workers = options.workers or os.cpu_count() or 1
     plan = make_plan(cohort, options, workers)
     plan = replace(plan, problems=(*cohort.problems, *plan.problems))
     _stop_if_strict(plan.problems, options)
-    with Hdf5Writer(output, plan.layout, plan.cohort.slices) as writer:
+    slices, overwrite = plan.cohort.slices, options.overwrite
+    with Hdf5Writer(output, plan.layout, slices, overwrite=overwrite) as writer:
         for chunk in run(plan, options, workers):
             _stop_if_strict(chunk.problems, options)
             writer.put(chunk)
@@ -265,14 +244,27 @@ def convert_cohort(
     return replace(written, seconds=time.perf_counter() - start, max_rejected=options.max_rejected)
 
 
-def _check_output(output: Path, options: ConvertOptions) -> None:
+def check_output(output: Path, options: ConvertOptions) -> None:
+    """Refuse an output that cannot be written, before any work is done.
+
+    Raises
+    ------
+    ConfigurationError
+        The output or the mirror exists and `overwrite` is off, or cannot be made there.
+    """
     if output.is_dir():
         raise ConfigurationError(f"{output} is a directory, the output is one HDF5 file")
     if not output.parent.is_dir():
         raise ConfigurationError(f"{output.parent}: no such directory for the output {output.name}")
-    for path in (output, Path(options.zarr)) if options.zarr else (output,):
-        if path.exists() and not options.overwrite:
-            raise ConfigurationError(f"{path} exists; --overwrite replaces it")
+    if not os.access(output.parent, os.W_OK | os.X_OK):
+        raise ConfigurationError(f"{output.parent}: no permission to write {output.name} there")
+    if output.exists() and not options.overwrite:
+        raise ConfigurationError(f"{output} exists; --overwrite replaces it")
+    if options.zarr:
+        mirror = Path(options.zarr)
+        if mirror.absolute() == output.absolute():
+            raise ConfigurationError(f"{mirror} cannot be the output and its mirror")
+        check_mirror(mirror, overwrite=options.overwrite)
 
 
 def _stop_if_strict(problems: tuple[Problem, ...], options: ConvertOptions) -> None:
@@ -283,158 +275,33 @@ def _stop_if_strict(problems: tuple[Problem, ...], options: ConvertOptions) -> N
 
 
 def run(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[EncodedChunk]:
-    """The encoded chunks of a plan in its order, with a bounded number of tasks under way."""
-    pending: deque[_Pending] = deque()
-    with _scheduler(plan, options, workers) as submit:
+    """The encoded chunks of a plan in its order, with a bounded number of tasks under way.
+
+    Raises
+    ------
+    ConfigurationError
+        `options.scheduler` is nothing that exists.
+    ConversionError
+        The workers, or the scheduler, were lost.
+    """
+    layout = plan.layout
+    job = Job(
+        function=encode_chunk,
+        window=plan.window,
+        root=plan.cohort.root,
+        warm_up=lambda: warm_up(layout.image_dtype, layout.mask_dtype, layout.codec),
+    )
+    pending: deque[Pending] = deque()
+    with open_scheduler(job, options.scheduler, workers) as (submit, window):
         try:
             for task in tasks(plan):
-                if len(pending) == plan.window:
+                if len(pending) == window:
                     yield pending.popleft().result()
                 pending.append(submit(task))
             while pending:
                 yield pending.popleft().result()
+        except BrokenExecutor as error:
+            raise ConversionError("a worker process died; is there enough memory?") from error
         finally:
             for future in pending:
                 future.cancel()
-
-
-@contextmanager
-def _scheduler(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[_Submit]:
-    name = options.scheduler
-    if name == "synchronous":
-        yield _submit_now
-    elif name == "threads":
-        with ThreadPoolExecutor(workers, "encode") as pool:
-            yield from _submit_to(pool, name, plan.window)
-    elif name == "processes":
-        _warm_up_for(plan.layout)
-        with ProcessPoolExecutor(workers, get_context("spawn")) as processes:
-            yield from _submit_to(processes, name, plan.window)
-    else:
-        yield from _submit_to_cluster(plan, options, workers)
-
-
-def _delayed(task: ChunkTask, run: str) -> Any:
-    """The task as a graph of one node whose key says nothing but its place in the plan.
-
-    It is bound to the function beforehand: Dask searches arguments for graphs, which takes 20 ms
-    for a task of 64 slices.
-    """
-    import dask
-
-    key = f"encode_chunk-{run}-{task.first}"
-    bound = dask.delayed(partial(encode_chunk, task), name=f"{key}-function", traverse=False)
-    return bound(dask_key_name=key)
-
-
-def _compute(task: ChunkTask, scheduler: str, **options: Any) -> EncodedChunk:
-    """Run one task on a local scheduler of Dask.
-
-    The graph goes to the scheduler as it is: `compute` would optimise it first, for which it
-    pickles and hashes the task (1 to 2 ms).
-    """
-    import dask
-
-    delayed = _delayed(task, "local")
-    get = dask.base.get_scheduler(scheduler=scheduler)
-    chunk: EncodedChunk
-    (chunk,) = get(dict(delayed.__dask_graph__()), [delayed.key], **options)
-    return chunk
-
-
-def _submit_now(task: ChunkTask) -> _Pending:
-    done: Future[EncodedChunk] = Future()
-    done.set_result(_compute(task, "synchronous"))
-    return done
-
-
-def _submit_to(pool: Executor, scheduler: str, window: int) -> Iterator[_Submit]:
-    """Submit to one of Dask's local schedulers over a pool that all tasks share.
-
-    Each task is a graph of its own, waited for by a thread of its own: so that the number of
-    tasks in memory is bounded, and no worker idles between one graph and the next.
-    """
-    with ThreadPoolExecutor(window, "dask") as waiters:
-        yield lambda task: waiters.submit(_compute, task, scheduler, pool=pool, num_workers=1)
-
-
-def _submit_to_cluster(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[_Submit]:
-    try:
-        import distributed
-    except ImportError:
-        raise ConfigurationError(
-            f"scheduler is {options.scheduler!r}; that is not one of "
-            f"{', '.join(LOCAL_SCHEDULERS)}, and for a cluster the package distributed is needed: "
-            f'pip install "parallel_dicomseg[distributed]"'
-        ) from None
-    import dask
-
-    with (
-        dask.config.set({"distributed.scheduler.no-workers-timeout": _WORKERS_TIMEOUT_S}),
-        _client(distributed, plan, options, workers) as client,
-    ):
-        _check_workers(client, plan)
-        run = uuid.uuid4().hex  # two runs may share a scheduler, their keys may not meet
-        yield lambda task: client.compute(_delayed(task, run))
-
-
-@contextmanager
-def _client(distributed: Any, plan: Plan, options: ConvertOptions, workers: int) -> Iterator[Any]:
-    """A client of the cluster that runs at the address or scheduler file, or of one of our own."""
-    address = options.scheduler
-    timeout = f"{_WORKERS_TIMEOUT_S}s"
-    if address == "distributed":
-        _warm_up_for(plan.layout)
-        with (
-            distributed.LocalCluster(
-                n_workers=workers,
-                threads_per_worker=1,
-                host="127.0.0.1",
-                dashboard_address=None,
-            ) as cluster,
-            distributed.Client(cluster) as client,
-        ):
-            yield client
-        return
-    is_file = Path(address).is_file()
-    if not is_file and "://" not in address and ":" not in address:
-        raise ConfigurationError(
-            f"scheduler is {address!r}; it can be {', '.join(LOCAL_SCHEDULERS)}, distributed, "
-            f"an address such as tcp://host:8786 or a scheduler file that exists"
-        )
-    try:
-        client = (
-            distributed.Client(scheduler_file=address, timeout=timeout)
-            if is_file
-            else distributed.Client(address, timeout=timeout)
-        )
-    except (OSError, ValueError) as error:
-        raise ConfigurationError(f"no Dask scheduler answers at {address}: {error}") from error
-    with client:
-        yield client
-
-
-def _check_workers(client: Any, plan: Plan) -> None:
-    """Ask before the first task whether there are workers with this package who see the files.
-
-    Dask itself waits for ever for a worker that never comes and for one that cannot import.
-    """
-    try:
-        client.wait_for_workers(1, timeout=_WORKERS_TIMEOUT_S)
-    except TimeoutError as error:
-        raise ConversionError(
-            f"no worker joined the scheduler within {_WORKERS_TIMEOUT_S} s"
-        ) from error
-    try:
-        client.run(importlib.import_module, __name__)
-        seen = client.run(os.path.isdir, plan.cohort.root)
-    except ImportError as error:
-        raise ConversionError(
-            f"a worker cannot import parallel_dicomseg ({error}); install the same version there"
-        ) from error
-    blind = [worker for worker, sees in seen.items() if not sees]
-    if blind:
-        raise ConversionError(
-            f"{len(blind)} of {len(seen)} workers do not see the data directory "
-            f"{plan.cohort.root}; it must be under the same path on every machine"
-        )

@@ -16,5 +16,10 @@ def kernel(function: Function) -> Function:
     `fastmath` stays off (the rasterizer's error bounds need IEEE rounding) and so does
     `parallel` (its thread pool dies on fork and on two calling threads).
     """
-    compiled: Function = numba.njit(nogil=True, cache=True)(function)
+    compiled: Function
+    try:
+        compiled = numba.njit(nogil=True, cache=True)(function)
+    except RuntimeError:
+        # neither beside the package nor in the user's cache directory can anything be written
+        compiled = numba.njit(nogil=True)(function)
     return compiled

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,6 +115,13 @@ def _check_options(options: ConvertOptions) -> None:
         ("codec", options.codec, CODECS),
         ("contour_origin", options.contour_origin, CONTOUR_ORIGINS),
     )
+    amounts = ("workers", "memory_limit", "slices_per_task", "max_rejected")
+    for name in amounts:
+        if getattr(options, name) < 0:
+            raise ConfigurationError(f"{name} is {getattr(options, name)}, it cannot be negative")
+    for name, threshold in asdict(options.checks).items():
+        if not threshold >= 0:
+            raise ConfigurationError(f"{name} is {threshold}, it must be a number from 0 on")
     for name, value, allowed in choices:
         if value not in allowed:
             known = ", ".join(str(choice) for choice in allowed)
@@ -122,19 +129,24 @@ def _check_options(options: ConvertOptions) -> None:
 
 
 def _of_one_size(cohort: Cohort) -> tuple[Cohort, tuple[Problem, ...]]:
-    """Keep the images of the most frequent size (the larger one of two equally frequent)."""
+    """Keep the images of the size that most outlined ones have (the larger of two as frequent)."""
     slices = cohort.slices
-    sizes = Counter(zip(slices.rows.tolist(), slices.columns.tolist(), strict=True))
-    if len(sizes) <= 1:
+    outlined = np.unique(cohort.contours.slice)
+    # without any outline there is nothing to lose by asking all images
+    voters = outlined if len(outlined) else np.arange(len(slices))
+    size_of = list(zip(slices.rows.tolist(), slices.columns.tolist(), strict=True))
+    if len(set(size_of)) <= 1:
         return cohort, ()
+    sizes = Counter(size_of[i] for i in voters.tolist())
     rows, columns = max(sizes, key=lambda size: (sizes[size], size))
     keep = (slices.rows == rows) & (slices.columns == columns)
+    who = "images with outlines" if len(outlined) else "images"
     problems = tuple(
         Problem(
             os.fsdecode(slices.path[i]),
             Reason.IMAGE_SIZE_DIFFERS,
             f"(0028,0010) Rows x (0028,0011) Columns is {slices.rows[i]} x {slices.columns[i]}, "
-            f"{sizes[rows, columns]} of {len(slices)} images have {rows} x {columns}",
+            f"{sizes[rows, columns]} of {len(voters)} {who} have {rows} x {columns}",
         )
         for i in np.flatnonzero(~keep)
     )

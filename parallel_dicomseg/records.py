@@ -310,6 +310,9 @@ class EncodedChunk:
     """(n,) bytes of each slice's image; 0 where the slice was rejected."""
     mask_bytes: UInt8
     mask_sizes: Int64
+    image_crc32c: NDArray[np.uint32]
+    """(n,) checksum of each slice's encoded image."""
+    mask_crc32c: NDArray[np.uint32]
     measured: Measured
     problems: tuple[Problem, ...]
 

@@ -2,6 +2,7 @@
 
 import io
 
+import google_crc32c
 import h5py
 import hdf5plugin
 import numpy as np
@@ -10,9 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from parallel_dicomseg import codec as codec_module
 from parallel_dicomseg.codec import (
     CODECS,
     DEFLATE_LEVEL,
+    checksums,
+    checksums_of_file,
     decode,
     encode,
     encode_one_by_one,
@@ -174,3 +178,33 @@ def test_mirror_shares_bytes_where_zarr_has_the_codec():
 def test_deflate_level_is_the_one_in_the_filter():
     """What the file says about its deflate level is the level that was used."""
     assert filters("deflate", 2, 4)[1].values == (DEFLATE_LEVEL,)
+
+
+@given(st.lists(st.binary(max_size=300), max_size=6))
+def test_checksums_are_crc32c(tmp_path_factory, pieces):
+    """In memory and on disk, equal to Google's library; the check value of RFC 3720 as well."""
+    flat = np.frombuffer(b"".join(pieces), np.uint8).copy()
+    sizes = np.array([len(piece) for piece in pieces], np.int64)
+    expected = [google_crc32c.value(piece) for piece in pieces]
+    path = tmp_path_factory.mktemp("crc") / "flat"
+    path.write_bytes(b"x" + flat.tobytes())
+
+    with path.open("rb") as file:
+        on_disk = checksums_of_file(file.fileno(), 1 + np.cumsum(sizes) - sizes, sizes)
+
+    assert checksums(flat, sizes).tolist() == on_disk.tolist() == expected
+    assert checksums(np.frombuffer(b"123456789", np.uint8).copy(), np.array([9]))[0] == 0xE3069283
+
+
+def test_checksums_without_compiled_code_are_the_same(monkeypatch, tmp_path):
+    """Where the kernels cannot be called, Google's library gives the same numbers."""
+    flat = np.arange(50, dtype=np.uint8)
+    sizes = np.array([20, 0, 30])
+    (tmp_path / "flat").write_bytes(flat.tobytes())
+    fast = checksums(flat, sizes)
+    monkeypatch.setattr(codec_module, "HAS_CRC32C", False)
+
+    with (tmp_path / "flat").open("rb") as file:
+        on_disk = checksums_of_file(file.fileno(), np.array([0, 20, 20]), sizes)
+
+    assert checksums(flat, sizes).tolist() == on_disk.tolist() == fast.tolist()

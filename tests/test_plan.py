@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.plan import image_dtype, make_plan, mask_dtype, tasks
-from parallel_dicomseg.records import Cohort, ContourTable, ConvertOptions, Reason, SliceTable
+from parallel_dicomseg.records import (
+    Checks,
+    Cohort,
+    ContourTable,
+    ConvertOptions,
+    Reason,
+    SliceTable,
+)
 
 DEFAULTS = {
     "file_size": 1 << 20,
@@ -74,9 +81,20 @@ def test_images_of_another_size_are_rejected_with_both_numbers():
 
     (problem,) = plan.problems
     assert (problem.path, problem.reason) == ("1.dcm", Reason.IMAGE_SIZE_DIFFERS)
-    assert "is 32 x 64, 2 of 3 images have 64 x 64" in problem.detail
+    assert "is 32 x 64, 2 of 3 images with outlines have 64 x 64" in problem.detail
     assert plan.cohort.contours.slice.tolist() == [0, 1]
     assert plan.cohort.contours.path.tolist() == [b"0-0.txt", b"2-1.txt"]
+
+
+def test_images_without_outlines_do_not_outvote_those_with_one():
+    """Many localizers of another size cost no mask."""
+    rows = np.array([32, 64, 64, 64])
+
+    plan = make_plan(cohort(slice_table(4, rows=rows), [(0, 0)]), ConvertOptions(), 1)
+
+    assert (plan.layout.rows, plan.layout.slices) == (32, 1)
+    assert plan.cohort.contours.slice.tolist() == [0]
+    assert len(plan.problems) == 3
 
 
 def stored_extremes(bits, signed):
@@ -131,6 +149,9 @@ def test_masks_have_a_bit_per_structure(structures, expected):
         ({"contour_origin": 2.0}, "contour_origin is 2.0, it can be 0.0, 0.5, 1.0"),
         ({"memory_limit": 1000}, "memory_limit is 1000 bytes, one slice of 64 x 64 pixels needs"),
         ({"memory_limit": 10**6, "slices_per_task": 99}, "slices_per_task is 99, memory_limit"),
+        ({"workers": -1}, "workers is -1, it cannot be negative"),
+        ({"slices_per_task": -5}, "slices_per_task is -5, it cannot be negative"),
+        ({"checks": Checks(max_mask_fraction=np.nan)}, "max_mask_fraction is nan, it must be"),
     ],
 )
 def test_options_without_a_meaning_are_refused_with_the_values(options, message):

@@ -3,7 +3,7 @@
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset, open_dataset
 from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, Hdf5Writer
 from parallel_dicomseg.store.verify import Verification, verify_file
-from parallel_dicomseg.store.zarr import mirror_to_zarr
+from parallel_dicomseg.store.zarr import check_mirror, mirror_to_zarr
 
 __all__ = [
     "FORMAT",
@@ -12,6 +12,7 @@ __all__ = [
     "Dataset",
     "Hdf5Writer",
     "Verification",
+    "check_mirror",
     "mirror_to_zarr",
     "open_dataset",
     "verify_file",

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
-from parallel_dicomseg.codec import filters
+from parallel_dicomseg.codec import checksums_of_file, filters
 from parallel_dicomseg.errors import ConversionError, VerificationError
 from parallel_dicomseg.records import (
     FLAGS,
@@ -28,6 +31,7 @@ from parallel_dicomseg.records import (
     SliceTable,
     Summary,
 )
+from parallel_dicomseg.store.lock import locked
 from parallel_dicomseg.store.table import Columns, rejected_columns, series_columns, table_columns
 
 FORMAT = "parallel_dicomseg"
@@ -72,34 +76,44 @@ class Hdf5Writer:
     thread-safe; leaving the context without `publish` removes the partial file.
     """
 
-    def __init__(self, output: Path, layout: Layout, slices: SliceTable) -> None:
+    def __init__(
+        self, output: Path, layout: Layout, slices: SliceTable, *, overwrite: bool = False
+    ) -> None:
         self._output = output
         self._partial = output.with_name(output.name + PARTIAL_SUFFIX)
         self._layout = layout
         self._slices = slices
+        self._overwrite = overwrite
+        self._held = ExitStack()
         self._file: h5py.File | None = None
         self._kept: list[Int64] = []
         self._measured: list[Measured] = []
         self._problems: list[Problem] = []
-        self._sizes: list[tuple[Int64, Int64]] = []
+        self._chunks = _Chunks([], [])
         self._rows = 0
         self.slices_seen = 0
         """Slices put so far, rejected ones among them."""
 
     def __enter__(self) -> Self:
         layout = self._layout
-        try:
-            self._file = _create(self._partial)
-        except OSError as error:
-            raise ConversionError(f"{self._partial} cannot be written: {error}") from error
-        self._images = _chunked(self._file, b"images", layout, layout.image_dtype)
-        self._masks = _chunked(self._file, b"masks", layout, layout.mask_dtype)
+        with ExitStack() as held:
+            held.enter_context(locked(self._output))
+            with _as_conversion_error(self._partial):
+                self._file = _create(self._partial)
+            self._images = _chunked(self._file, b"images", layout, layout.image_dtype)
+            self._masks = _chunked(self._file, b"masks", layout, layout.mask_dtype)
+            self._held = held.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._partial.unlink(missing_ok=True)
+        with self._held:
+            if self._file is not None:
+                try:
+                    # on a full disk HDF5 cannot flush; what it holds is not wanted anyway
+                    with contextlib.suppress(OSError, RuntimeError):
+                        self._file.close()
+                finally:
+                    self._partial.unlink(missing_ok=True)
 
     def put(self, chunk: EncodedChunk) -> None:
         """Write the chunks of one task; tasks come in plan order."""
@@ -109,16 +123,15 @@ class Hdf5Writer:
             )
         self.slices_seen += len(chunk.image_sizes)
         good = np.flatnonzero(chunk.image_sizes)
-        sizes = chunk.image_sizes[good], chunk.mask_sizes[good]
-        try:
-            self._write_chunks(chunk, *sizes)
-        except OSError as error:
-            raise ConversionError(f"{self._partial} cannot be written: {error}") from error
+        sizes = np.stack([chunk.image_sizes[good], chunk.mask_sizes[good]])
+        with _as_conversion_error(self._partial):
+            self._write_chunks(chunk, sizes[0], sizes[1])
         self._rows += len(good)
         self._kept.append(good + chunk.first)
         self._measured.append(_rows_of(chunk.measured, good))
         self._problems += chunk.problems
-        self._sizes.append(sizes)
+        self._chunks.sizes.append(sizes)
+        self._chunks.crc32c.append(np.stack([chunk.image_crc32c[good], chunk.mask_crc32c[good]]))
 
     def _write_chunks(self, chunk: EncodedChunk, image_sizes: Int64, mask_sizes: Int64) -> None:
         # A slice's image and mask lie side by side: one read ahead gets both, and the bytes of
@@ -151,27 +164,21 @@ class Hdf5Writer:
             )
         slices = self._slices.take(np.concatenate(self._kept))
         measured = _joined(self._measured)
+        sizes = np.concatenate(self._chunks.sizes, axis=1)
+        crc32c = np.concatenate(self._chunks.crc32c, axis=1)
         table = table_columns(slices, measured, self._layout)
-        for dataset in (self._images, self._masks):
-            dataset.set_extent((self._rows, self._layout.rows, self._layout.columns))
-        _write_metadata(file, self._layout, self._rows, table, slices, problems)
-        self._check_index()
-        file.close()
+        table |= {"image_crc32c": crc32c[0], "mask_crc32c": crc32c[1]}
+        with _as_conversion_error(self._partial):
+            for dataset in (self._images, self._masks):
+                dataset.set_extent((self._rows, self._layout.rows, self._layout.columns))
+            _write_metadata(file, self._layout, self._rows, table, slices, problems)
+            file.close()
+            _check_chunks(self._partial, sizes, crc32c)
+            if self._output.exists() and not self._overwrite:
+                raise ConversionError(f"{self._output} has appeared meanwhile, it is left alone")
+            _rename_durably(self._partial, self._output)
         self._file = None
-        _rename_durably(self._partial, self._output)
         return self._summary(slices, measured, table, problems)
-
-    def _check_index(self) -> None:
-        """Compare HDF5's own index of chunks with what was put."""
-        for place, dataset in enumerate((self._images, self._masks)):
-            _, stored = chunk_index(dataset, self._rows)
-            put = np.concatenate([sizes[place] for sizes in self._sizes])
-            wrong = np.flatnonzero(stored != put)
-            if len(wrong):
-                raise VerificationError(
-                    f"{self._partial}: chunk {wrong[0]} of {dataset.name} has "
-                    f"{stored[wrong[0]]} bytes, {put[wrong[0]]} were written"
-                )
 
     def _summary(
         self, slices: SliceTable, measured: Measured, table: Columns, problems: tuple[Problem, ...]
@@ -193,6 +200,40 @@ class Hdf5Writer:
             seconds=0.0,
             bytes_written=self._output.stat().st_size,
         )
+
+
+class _Chunks(NamedTuple):
+    """What was put, to compare with what is on the disk."""
+
+    sizes: list[Int64]
+    """(2, rows) encoded bytes of images and masks."""
+    crc32c: list[NDArray[np.uint32]]
+    """(2, rows)."""
+
+
+@contextmanager
+def _as_conversion_error(path: Path) -> Iterator[None]:
+    """Tell what HDF5 and the system report about a file that cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        reason = os.strerror(error.errno) if isinstance(error, OSError) and error.errno else error
+        raise ConversionError(f"{path} cannot be written: {reason}") from error
+
+
+def _check_chunks(path: Path, sizes: Int64, crc32c: NDArray[np.uint32]) -> None:
+    """Read every chunk back from the closed file and compare it with what the workers made."""
+    with h5py.File(path, "r") as file, path.open("rb") as raw:
+        for place, name in enumerate(("images", "masks")):
+            offsets, stored = chunk_index(file[name].id, sizes.shape[1])
+            found = checksums_of_file(raw.fileno(), offsets, stored)
+            wrong = np.flatnonzero((stored != sizes[place]) | (found != crc32c[place]))
+            if len(wrong):
+                k = wrong[0]
+                raise VerificationError(
+                    f"{path}: chunk {k} of /{name} has {stored[k]} bytes of checksum "
+                    f"{found[k]:08x}, {sizes[place, k]} of {crc32c[place, k]:08x} were written"
+                )
 
 
 def _create(path: Path) -> h5py.File:
@@ -293,6 +334,7 @@ def _write_attributes(
 ) -> None:
     file.attrs["format"] = FORMAT
     file.attrs["format_version"] = FORMAT_VERSION
+    file.attrs["software_version"] = version("parallel_dicomseg")
     file.attrs["source"] = layout.source
     file.attrs["codec"] = layout.codec
     file.attrs["rule"] = layout.rule
@@ -336,15 +378,13 @@ def _write_columns(
 ) -> None:
     h5py.h5g.create(file.id, group.encode(), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
     for name, column in columns.items():
-        if 0 in column.shape[1:]:
-            continue
         dtype = column.dtype
         if dtype.kind == "S":
             dtype = h5py.string_dtype("utf-8", dtype.itemsize)
         chunked = (
             {"chunks": (min(len(column), _COLUMN_CHUNK_ROWS), *column.shape[1:])}
             | {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-            if len(column)
+            if column.size
             else {}
         )
         dataset = file[group].create_dataset(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,7 +31,6 @@ _FROM_HEADER = (
     "rescale_intercept",
 )
 _OF_SERIES = (
-    "modality",
     "transfer_syntax_uid",
     "photometric_interpretation",
     "rows",
@@ -106,10 +104,13 @@ def series_columns(slices: SliceTable, table: Columns) -> Columns:
     """One row per series, in the order of the output: what its images have in common."""
     index = table["series_index"]
     _, first, count = np.unique(index, return_index=True, return_counts=True)
+    modality = slices.modality[first]
     return {
         "patient_id": table["patient_id"][first],
         "study_instance_uid": table["study_instance_uid"][first],
         "series_instance_uid": table["series_instance_uid"][first],
+        # a code string by the standard; anything else in its place is not carried on
+        "modality": np.where(np.char.isalnum(modality), modality, b""),
         **{name: getattr(slices, name)[first] for name in _OF_SERIES},
         "first_slice": first.astype(np.int64),
         "slices": count.astype(np.int64),
@@ -119,12 +120,14 @@ def series_columns(slices: SliceTable, table: Columns) -> Columns:
 def rejected_columns(problems: Sequence[Problem]) -> Columns:
     """One row per problem: the relative path, the reason code, and what is wrong in words."""
     return {
-        "path": _texts([os.fsencode(problem.path) for problem in problems]),
-        "reason": _texts([problem.reason.encode() for problem in problems]),
-        "detail": _texts([problem.detail.encode() for problem in problems]),
+        "path": _texts([problem.path for problem in problems]),
+        "reason": _texts([problem.reason for problem in problems]),
+        "detail": _texts([problem.detail for problem in problems]),
         "rejection": np.array([problem.is_rejection for problem in problems], bool),
     }
 
 
-def _texts(values: list[bytes]) -> Bytes:
-    return np.array(values, np.bytes_) if values else np.empty(0, "S1")
+def _texts(values: list[str]) -> Bytes:
+    """UTF-8; what a file name holds beyond it is escaped."""
+    encoded = [value.encode("utf-8", "backslashreplace") for value in values]
+    return np.array(encoded, np.bytes_) if encoded else np.empty(0, "S1")

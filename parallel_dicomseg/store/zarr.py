@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,6 +18,7 @@ from parallel_dicomseg.codec import BLOSC, encode, mirror_codec
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.records import Progress
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset
+from parallel_dicomseg.store.hdf5 import FORMAT
 
 SLICES_PER_SHARD = 1024
 _MARKER = "zarr.json"
@@ -46,20 +49,37 @@ def mirror_to_zarr(
     Raises
     ------
     ConfigurationError
-        The directory exists and is no zarr group, or `overwrite` is off.
+        See `check_mirror`.
     """
     target = Path(directory)
-    if target.exists() and not (overwrite and (target / _MARKER).is_file()):
-        reason = "exists" if (target / _MARKER).is_file() else "exists and is no zarr group"
-        raise ConfigurationError(f"{target} {reason}")
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    check_mirror(target, overwrite=overwrite)
+    with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as scratch:
+        partial = Path(scratch) / target.name
         _write_group(dataset, partial, progress)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+
+
+def check_mirror(target: Path, *, overwrite: bool) -> None:
+    """Refuse a directory that a mirror must not or cannot become.
+
+    Raises
+    ------
+    ConfigurationError
+        It exists and `overwrite` is off, it is no mirror of ours, or its parent is missing.
+    """
+    if not target.parent.is_dir():
+        raise ConfigurationError(f"{target.parent}: no such directory for the mirror {target.name}")
+    if not target.exists():
+        return
+    try:
+        attributes = json.loads((target / _MARKER).read_text())["attributes"]
+    except (OSError, ValueError, KeyError, TypeError):
+        attributes = {}
+    if attributes.get("format") != FORMAT:
+        raise ConfigurationError(f"{target} exists and is no mirror made by {FORMAT}")
+    if not overwrite:
+        raise ConfigurationError(f"{target} exists; --overwrite replaces it")
 
 
 def _write_group(

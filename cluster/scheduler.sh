@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# The scheduler of a cluster, on this machine only unless --host says otherwise.
+# What is given goes on to `dask scheduler`, where the last of two equal options counts:
+#
+#   cluster/scheduler.sh --host 10.0.0.5 --scheduler-file /shared/scheduler.json
+#
+# PYTHON  the interpreter [python]
+set -euo pipefail
+
+# Without workers for this long, Dask ends the waiting tasks with an error; its own default is never.
+export DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT="${DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT:-60s}"
+
+# --no-dashboard would still listen on every interface.
+exec "${PYTHON:-python}" -m dask scheduler \
+    --host 127.0.0.1 --port 8786 --dashboard-address 127.0.0.1:0 "$@"

@@ -1,0 +1,55 @@
+"""One writer per output: an advisory lock beside the file, gone with the process that holds it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from parallel_dicomseg.errors import ConversionError
+
+LOCK_SUFFIX = ".lock"
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Hold `OUT.h5.lock` while the output is written.
+
+    Raises
+    ------
+    ConversionError
+        Another process holds it, or the directory cannot be written.
+    """
+    if sys.platform == "win32":
+        yield  # HDF5 itself keeps a second writer from opening the file there
+        return
+    import fcntl
+
+    path = output.with_name(output.name + LOCK_SUFFIX)
+    descriptor = _open(path)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # a run that has just ended may have removed the file that was opened here
+            ours = os.path.samestat(os.fstat(descriptor), path.stat())
+        except OSError:
+            ours = False
+        if not ours:
+            raise ConversionError(f"{output} is being written by another run")
+        try:
+            yield
+        finally:
+            # removed while held: whoever comes next makes a new file and locks that
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(descriptor)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except OSError as error:
+        reason = os.strerror(error.errno or 0)
+        raise ConversionError(f"{path.parent} cannot be written: {reason}") from error
