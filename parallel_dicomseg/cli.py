@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import click
 import numpy as np
 
-from .config import (
+from parallel_dicomseg.config import (
     LEGACY_CONFIG_FILE,
     SETTINGS,
     LegacyConfig,
@@ -30,15 +30,16 @@ from .config import (
     load_settings,
     read_legacy_config,
 )
-from .errors import (
+from parallel_dicomseg.errors import (
     ConfigurationError,
     ConversionError,
     LayoutError,
     ParallelDicomSegError,
     VerificationError,
 )
-from .records import Cohort, ContourTable, ConvertOptions, ScanOptions
-from .terminal import (
+from parallel_dicomseg.records import Cohort, ContourTable, ConvertOptions, ScanOptions
+from parallel_dicomseg.report.inspection import printable
+from parallel_dicomseg.terminal import (
     columns_of_text,
     print_json,
     render_inventory,
@@ -68,14 +69,28 @@ def _exit_statuses() -> Iterator[None]:
     except KeyboardInterrupt:
         message, status = "interrupted", INTERRUPTED
     except OSError as error:
-        if error.errno == errno.EPIPE or error.strerror is None:
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        message, status = f"error: {error.strerror}{where}", CANNOT_START
+        message, status = f"error: {_refusal(error)}", CANNOT_START
     else:
         return
-    click.echo(" ".join(message.split()), err=True)
+    click.echo(printable(" ".join(message.split())), err=True)
     raise click.exceptions.Exit(status)
+
+
+@contextmanager
+def _converting() -> Iterator[None]:
+    """From here on a run has started: what the system refuses now leaves it unfinished."""
+    try:
+        yield
+    except OSError as error:
+        raise ConversionError(_refusal(error)) from error
+
+
+def _refusal(error: OSError) -> str:
+    """What the system, or the HDF5 library on it, says; a closed pipe is for click to end."""
+    if error.errno == errno.EPIPE:
+        raise error
+    where = f": {error.filename}" if error.filename else ""
+    return f"{error.strerror}{where}" if error.strerror else str(error)
 
 
 class Command(click.Command):
@@ -116,7 +131,8 @@ def _option(setting: Setting) -> Callable[[Function], Function]:
     """The command line's option for a setting; None where it is not given."""
     flag = f"--{setting.name.replace('_', '-')}"
     says_so = setting.choices or setting.default not in ("", (), 0, False)
-    shown = f"  [default: {setting.default}]" if says_so else ""
+    default = f"{setting.default:g}" if setting.type is float else setting.default
+    shown = f"  [default: {default}]" if says_so else ""
     how: dict[str, Any] = {"default": None, "help": setting.help + shown}
     if setting.type is bool:
         flag = f"{flag}/--no-{flag[2:]}"
@@ -187,12 +203,12 @@ def demo(directory: str, as_json: bool) -> None:
     DIRECTORY is made anew each time [default: ./parallel_dicomseg_demo]; a folder that this
     command did not make is never touched.
     """
-    from .demo import render_demo, run_demo
+    from parallel_dicomseg.demo import render_demo, run_demo
 
     with watching() as watch:
         result = run_demo(directory, progress=watch)
     if as_json:
-        print_json(result)
+        print_json(summarize(result) | {"summary": summarize(result.summary)})
     else:
         click.echo(render_demo(result))
     click.get_current_context().exit(0 if result.sound else FINISHED_SHORT)
@@ -204,7 +220,7 @@ Example:
   parallel-dicomseg scan final_data
   parallel-dicomseg scan final_data --structures i --json"""
 )
-@click.argument("data_directory", metavar="SOURCE", required=False, type=click.Path())
+@click.argument("data_directory", metavar="[SOURCE]", required=False, type=click.Path())
 @setting_options("scan")
 @config_options
 @json_option
@@ -223,7 +239,7 @@ def scan(
     if show_config:
         _show_config(settings, "scan", as_json)
         return
-    from .cohort import scan_cohort
+    from parallel_dicomseg.cohort import scan_cohort
 
     source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
     with watching() as watch:
@@ -239,10 +255,12 @@ def scan(
     epilog="""\b
 Example:
   parallel-dicomseg convert final_data -o cohort.h5
-  parallel-dicomseg convert final_data -o cohort.h5 --structures i,o --codec lz4 --zarr cohort.zarr
-  parallel-dicomseg convert final_data -o cohort.h5 --scheduler tcp://127.0.0.1:8786"""
+  parallel-dicomseg convert final_data -o cohort.h5 \\
+      --structures i,o --codec lz4 --zarr cohort.zarr
+  parallel-dicomseg convert final_data -o cohort.h5 \\
+      --scheduler tcp://127.0.0.1:8786"""
 )
-@click.argument("data_directory", metavar="SOURCE", required=False, type=click.Path())
+@click.argument("data_directory", metavar="[SOURCE]", required=False, type=click.Path())
 @click.option("-o", "--output", metavar="OUT.h5", help="The file to write.")
 @setting_options("scan", "convert")
 @config_options
@@ -265,14 +283,16 @@ def convert(
     if show_config:
         _show_config(settings, "", as_json)
         return
-    from .cohort import scan_cohort
-    from .convert import convert_cohort
+    from parallel_dicomseg.cohort import scan_cohort
+    from parallel_dicomseg.convert import check_output, convert_cohort
 
     source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
     target = output or _legacy_default(settings, "hdf5_filename", "-o OUT.h5")
+    check_output(Path(target), settings.convert)
     with watching() as watch:
         cohort = scan_cohort(source, options=settings.scan, progress=watch)
-        summary = convert_cohort(cohort, target, options=settings.convert, progress=watch)
+        with _converting():
+            summary = convert_cohort(cohort, target, options=settings.convert, progress=watch)
     if as_json:
         print_json(summarize(summary))
     else:
@@ -292,7 +312,7 @@ def inspect(file: str, as_json: bool) -> None:
     """Say what a finished file holds, how it was made, and what was flagged or rejected."""
     from rich.console import Console
 
-    from .report.inspection import inspect_file, render
+    from parallel_dicomseg.report.inspection import inspect_file, render
 
     inspection = inspect_file(file)
     if as_json:
@@ -313,7 +333,7 @@ def verify(file: str, as_json: bool) -> None:
 
     The exit status is 1 when something is not as it should be.
     """
-    from .store import verify_file
+    from parallel_dicomseg.store import verify_file
 
     with watching() as watch:
         found = verify_file(file, progress=watch)
@@ -321,9 +341,9 @@ def verify(file: str, as_json: bool) -> None:
         print_json({"file": file, "slices": found.slices, "problems": found.problems})
     else:
         verdict = f"{len(found.problems)} problems" if found.problems else "sound"
-        click.echo(f"{file}: {found.slices} slices read, {verdict}")
+        click.echo(printable(f"{file}: {found.slices} slices read, {verdict}"))
         for problem in found.problems:
-            click.echo(f"  {problem}")
+            click.echo(printable(f"  {problem}"))
     click.get_current_context().exit(FINISHED_SHORT if found.problems else 0)
 
 
@@ -360,19 +380,22 @@ def process_dicom_to_hdf5(
     the rule `center`; the original's own masks are `parallel-dicomseg convert --rule
     pil-outline0`.
     """
-    from .cohort import scan_cohort
-    from .convert import convert_cohort
+    from parallel_dicomseg.cohort import scan_cohort
+    from parallel_dicomseg.convert import check_output, convert_cohort
 
     legacy = _legacy_config(data_directory)
     base = data_directory or legacy.data_dir_base
-    click.echo(f"Reading from {legacy.link_file_name} file")
-    click.echo(f"Base data directory is {base}")
+    target = output_filename or legacy.hdf5_filename
+    options = ConvertOptions(overwrite=True)
+    if not print_random_image:
+        check_output(Path(target), options)
+    click.echo(printable(f"Reading from {legacy.link_file_name} file"))
+    click.echo(printable(f"Base data directory is {base}"))
     with watching() as watch:
         cohort = scan_cohort(base, options=_legacy_scan_options(legacy), progress=watch)
         if not print_random_image:
-            target = output_filename or legacy.hdf5_filename
-            options = ConvertOptions(overwrite=True)
-            summary = convert_cohort(cohort, target, options=options, progress=watch)
+            with _converting():
+                summary = convert_cohort(cohort, target, options=options, progress=watch)
     if print_random_image:
         click.echo(draw_random_image(cohort, seed))
     else:
@@ -452,9 +475,9 @@ def draw_random_image(cohort: Cohort, seed: int | None) -> str:
 
     The slice goes through the real conversion, into a temporary file.
     """
-    from .convert import convert_cohort
-    from .report.figures import image_and_mask_figure
-    from .store import open_dataset
+    from parallel_dicomseg.convert import convert_cohort
+    from parallel_dicomseg.report.figures import image_and_mask_figure
+    from parallel_dicomseg.store import open_dataset
 
     annotated = np.unique(cohort.contours.slice)
     if not len(annotated):

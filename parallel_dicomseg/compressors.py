@@ -33,8 +33,9 @@ _NEXT_OUT_64, _AVAIL_OUT_32, _TOTAL_OUT_32 = 2, 6, 7
 _LEVEL_32, _LEVEL_BUFFER_SIZE_32, _LEVEL_BUFFER_64 = 10, 11, 6
 _END_OF_STREAM_16, _FLUSH_16, _FORMAT_16, _HISTORY_BITS_16 = 28, 29, 30, 31
 _ZLIB_FORMAT = 3
-# The struct ends with internal state of some 100 kB; this is more than any release has.
-_STREAM_WORDS = 1 << 17
+# The struct ends with internal state of some 100 kB, which isal_deflate_init sets; 512 kB are more
+# than any release has.
+_STREAM_WORDS = 1 << 16
 # ISAL_DEF_LVL1_LARGE, the default: hash tables and 64 Ki tokens of 4 bytes.
 _LEVEL_BUFFER_BYTES = (20 << 10) + (4 << 16)
 
@@ -147,7 +148,7 @@ def deflate_rows(rows: NDArray[Any], keep: Bool, level: int, out: UInt8, sizes: 
     -------
     The bytes used of `out`, or -1 where ISA-L reports an error.
     """
-    stream = np.zeros(_STREAM_WORDS, np.uint64)
+    stream = np.empty(_STREAM_WORDS, np.uint64)
     words, halves = stream.view(np.uint32), stream.view(np.uint16)
     level_buffer = np.empty(_LEVEL_BUFFER_BYTES, np.uint8)
     row_bytes = rows.shape[1] * rows.itemsize

@@ -15,8 +15,8 @@ from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
-from .errors import ConfigurationError
-from .records import ConvertOptions, ScanOptions
+from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.records import ConvertOptions, ScanOptions
 
 Record = TypeVar("Record")
 
@@ -44,7 +44,8 @@ _HELP = {
     "convert.codec": "How chunks are compressed; lz4 and zstd need hdf5plugin to read.",
     "convert.keep_identity": "Keep patient keys and UIDs instead of running numbers.",
     "convert.scheduler": "synchronous, threads, processes, distributed, or a scheduler's address.",
-    "convert.workers": "Workers; 0: one per core.",
+    "convert.workers": "Workers; on the command line also threads that read headers; 0: one per"
+    " core.",
     "convert.memory_limit": "What one worker may use, e.g. 2GiB or '500 MB'; 0: 256 MiB.",
     "convert.slices_per_task": "Slices in one task; 0: chosen from the memory limit.",
     "convert.strict": "Stop at the first rejected slice.",
@@ -221,14 +222,20 @@ def load_settings(
 def find_config(directory: Path) -> Path | None:
     """The configuration file that is used without being named, or None.
 
-    parallel_dicomseg.toml, else a config.ini with the original script's section [local].
+    parallel_dicomseg.toml, else a config.ini with the original script's section [local]; one that
+    has none, or cannot be parsed, is somebody else's.
     """
     own, legacy = directory / CONFIG_FILE, directory / LEGACY_CONFIG_FILE
     if own.is_file():
         return own
-    if legacy.is_file() and _read_ini(legacy).has_section(LEGACY_SECTION):
-        return legacy
-    return None
+    return legacy if legacy.is_file() and _is_ours(legacy) else None
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        return _read_ini(path).has_section(LEGACY_SECTION)
+    except ConfigurationError:
+        return False
 
 
 def read_config(path: Path) -> Layer:
@@ -243,7 +250,7 @@ def read_config(path: Path) -> Layer:
         return check_layer(str(path), legacy_values(read_legacy_config(path)))
     try:
         document = tomllib.loads(_read_text(path))
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # not only TOMLDecodeError: `int` refuses thousands of digits
         raise ConfigurationError(f"{path}: not valid TOML: {error}") from None
     return check_layer(str(path), dict(_flatten(document, "", str(path))))
 
@@ -321,7 +328,7 @@ def _legacy_value(path: Path, name: str, text: str, hint: type) -> str | int:
         if not text:
             raise ConfigurationError(f"{where}: expected a text")
         return text
-    if not (text.isdecimal() and int(text) > 0):
+    if not (text.isdecimal() and len(text) < 10 and int(text) > 0):
         raise ConfigurationError(f"{where}: expected a whole number of at least 1")
     return int(text)
 
@@ -338,7 +345,7 @@ def _read_ini(path: Path) -> configparser.ConfigParser:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except OSError as error:
         raise ConfigurationError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:

@@ -13,15 +13,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .cohort import scan_cohort
-from .convert import convert_cohort, warm_up
-from .errors import ConfigurationError
-from .loader import iterate_batches
-from .records import Cohort, ConvertOptions, Float64, Progress, Summary
-from .report.figures import contact_sheet
-from .store import Dataset, open_dataset, verify_file
-from .synthetic import SyntheticOutline, SyntheticTruth, make_sunnybrook_cohort
-from .terminal import columns_of_text, size_text
+from parallel_dicomseg.cohort import scan_cohort
+from parallel_dicomseg.convert import convert_cohort, warm_up
+from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.loader import iterate_batches
+from parallel_dicomseg.records import Cohort, ConvertOptions, Float64, Progress, Summary
+from parallel_dicomseg.report.figures import contact_sheet
+from parallel_dicomseg.report.inspection import printable
+from parallel_dicomseg.store import Dataset, open_dataset, verify_file
+from parallel_dicomseg.synthetic import SyntheticOutline, SyntheticTruth, make_sunnybrook_cohort
+from parallel_dicomseg.terminal import columns_of_text, size_text
 
 #: Lies in every directory that the demo made; without it nothing is touched.
 MARKER = ".parallel_dicomseg_demo"
@@ -217,10 +218,10 @@ def render_demo(demo: Demo) -> str:
         ("served", f"{demo.samples} samples in {demo.batches} shuffled batches"),
         ("drawn", demo.picture or 'nothing: pip install "parallel_dicomseg[figures]" for that'),
     ]
-    lines = [columns_of_text(steps), *demo.verification_problems, *demo.off_truth, "", *_tree(demo)]
-    return "\n".join(
-        [*lines, "", f"next: parallel-dicomseg inspect {Path(demo.directory, OUTPUT)}"]
-    )
+    wrong = map(printable, (*demo.verification_problems, *demo.off_truth))
+    following = f"next: parallel-dicomseg inspect {Path(demo.directory, OUTPUT)}"
+    lines = [columns_of_text(steps), *wrong, "", *_tree(demo), "", printable(following)]
+    return "\n".join(lines)
 
 
 def _tree(demo: Demo) -> list[str]:
@@ -231,4 +232,4 @@ def _tree(demo: Demo) -> list[str]:
         (f"    {OUTPUT}", f"images, masks and their table, {size}"),
         *([(f"    {demo.picture}", "masks over images")] if demo.picture else []),
     ]
-    return [f"{demo.directory}/", columns_of_text(entries)]
+    return [printable(f"{demo.directory}/"), columns_of_text(entries)]

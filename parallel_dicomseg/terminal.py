@@ -16,14 +16,13 @@ from typing import Any
 import click
 import numpy as np
 
-from .records import Cohort, Problem, Progress, Summary
+from parallel_dicomseg.records import Cohort, Problem, Progress, Summary
+from parallel_dicomseg.report.inspection import LISTED_PROBLEMS, printable
 
 Watch = Callable[[Progress], None]
 
 #: Plain progress lines are at least this far apart, seconds (the first and the last always come).
 LINE_SECONDS = 2.0
-#: How many problems of a kind are listed one by one.
-LISTED_PROBLEMS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,16 +83,16 @@ def render_inventory(inventory: Inventory) -> str:
     lines = [columns_of_text(rows)]
     for reason, problems in _by_reason(inventory.problems).items():
         lines.append(f"{reason}: {len(problems)}")
-        lines += [f"  {problem.path}: {problem.detail}" for problem in problems[:LISTED_PROBLEMS]]
+        lines += [printable(f"  {p.path}: {p.detail}") for p in problems[:LISTED_PROBLEMS]]
         if len(problems) > LISTED_PROBLEMS:
             lines.append(f"  and {len(problems) - LISTED_PROBLEMS} more, see --json")
     return "\n".join(lines)
 
 
-def summarize(summary: Summary) -> dict[str, Any]:
-    """A summary with its derived properties, for a program."""
-    record = {f.name: getattr(summary, f.name) for f in fields(summary)}
-    return record | {"rejected": summary.rejected, "exit_status": summary.exit_status}
+def summarize(record: Any) -> dict[str, Any]:
+    """A record's fields and derived properties, for a program."""
+    derived = [name for name, item in vars(type(record)).items() if isinstance(item, property)]
+    return {name: getattr(record, name) for name in (*(f.name for f in fields(record)), *derived)}
 
 
 def render_summary(summary: Summary) -> str:
@@ -121,9 +120,9 @@ def render_summary(summary: Summary) -> str:
 
 def _listed(rejected: Sequence[Problem], output: str) -> list[str]:
     """The first few rejections, and how many more there are."""
-    lines = [f"  {p.reason}: {p.path}: {p.detail}" for p in rejected[:LISTED_PROBLEMS]]
+    lines = [printable(f"  {p.reason}: {p.path}: {p.detail}") for p in rejected[:LISTED_PROBLEMS]]
     if more := len(rejected) - len(lines):
-        lines.append(f"  and {more} more, see `parallel-dicomseg inspect {output}`")
+        lines.append(printable(f"  and {more} more, see `parallel-dicomseg inspect {output}`"))
     return lines
 
 
@@ -147,7 +146,8 @@ def _counts(counts: Mapping[str, int]) -> str:
 
 
 def columns_of_text(rows: Sequence[Sequence[str]]) -> str:
-    """Rows of equally many cells, the columns aligned on the left."""
+    """Rows of equally many cells, made printable, the columns aligned on the left."""
+    rows = [[printable(cell) for cell in row] for row in rows]
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
@@ -165,8 +165,8 @@ def size_text(count: float) -> str:
 
 
 def print_json(value: Any) -> None:
-    """Print records, mappings and arrays as JSON; NaN becomes null."""
-    click.echo(json.dumps(_plain(value), indent=2, ensure_ascii=False, allow_nan=False))
+    """Print records, mappings and arrays as JSON, in ASCII; NaN becomes null."""
+    click.echo(json.dumps(_plain(value), indent=2, allow_nan=False))
 
 
 def _plain(value: Any) -> Any:

@@ -24,6 +24,8 @@ from parallel_dicomseg.records import Float64, Int64
 
 #: Larger files are refused: no outline drawn on an image needs a hundredth of this.
 MAX_CONTOUR_FILE_BYTES = 16 * 2**20
+#: No image has a pixel out there, and a mask of such an outline takes arithmetic of many digits.
+MAX_COORDINATE = 2.0**31
 
 _OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
@@ -73,7 +75,8 @@ def parse_decimals(raw: NDArray[np.uint8]) -> Float64:
     Raises
     ------
     ValueError
-        If a value is empty, not a number or not finite: its place, line and text are named.
+        If a value is empty, not a number or not finite: its place and line are named, its text
+        (which may be anybody's name) is not.
 
     Notes
     -----
@@ -94,7 +97,8 @@ def read_contour_files(paths: Sequence[str], folder: str = "") -> ContourFiles:
 
     A line is two numbers separated by white space or one comma. Blank lines, any kind of line end,
     a UTF-8 byte order mark and the first point repeated at the end are tolerated. Anything else,
-    and fewer than three points, is an error of that file, never of the call.
+    a coordinate beyond `MAX_COORDINATE` and fewer than three points are an error of that file,
+    never of the call.
 
     Parameters
     ----------
@@ -135,7 +139,7 @@ def parse_contour(raw: bytes) -> Float64:
     Raises
     ------
     ValueError
-        Naming the line and its text, or the number of points.
+        Naming the line and the value on it, or the number of points; never what the file says.
     """
     lines = raw.removeprefix(_BYTE_ORDER_MARK).splitlines()
     points = [
@@ -212,13 +216,22 @@ def _point(line: bytes, number: int) -> tuple[float, float]:
     """Column and row on a line that is not blank."""
     fields = _SEPARATOR.split(line)
     if len(fields) != 2:
-        raise ValueError(
-            f"line {number}: {len(fields)} value(s), 2 are needed (column row): {_shown(line)}"
-        )
+        raise ValueError(f"line {number}: {len(fields)} value(s), 2 are needed (column row)")
+    column, row = (
+        _coordinate(field, f"line {number}: value {k}") for k, field in enumerate(fields, start=1)
+    )
+    return column, row
+
+
+def _coordinate(token: bytes, place: str) -> float:
+    """A number that may be one of an outline's."""
     try:
-        return _number(fields[0]), _number(fields[1])
+        value = _number(token)
     except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
+        raise ValueError(f"{place} is {error}") from None
+    if abs(value) > MAX_COORDINATE:
+        raise ValueError(f"{place} is beyond any image (limit {MAX_COORDINATE:.0f})")
+    return value
 
 
 def _decided(text: bytes, index: int, start: int) -> float:
@@ -235,19 +248,14 @@ def _number(token: bytes) -> float:
     """Python's float of a plain decimal number; no names, underscores or overflow."""
     if not token:
         raise ValueError("empty, a number is needed")
+    if token.lstrip(b"+-").lower() in (b"nan", b"inf", b"infinity"):
+        raise ValueError("not finite")
     if not _NUMBER.fullmatch(token):
-        finite = "finite " if token.lstrip(b"+-").lower() in (b"nan", b"inf", b"infinity") else ""
-        raise ValueError(f"{_shown(token)} is not a {finite}number")
+        raise ValueError("not a number")
     value = float(token)
     if not math.isfinite(value):
-        raise ValueError(f"{_shown(token)} is not a finite number")
+        raise ValueError("not finite")
     return value
-
-
-def _shown(token: bytes) -> str:
-    """The start of a piece of input, fit to print."""
-    shown = ascii(token[:24].decode("utf-8", "replace"))
-    return shown + "..." if len(token) > 24 else shown
 
 
 @kernel
@@ -418,6 +426,8 @@ def _parse_outline(
         points[row, 1], end, certain = _scan_number(raw, position, length)
         position = _skip_space(raw, end, length, False)
         if not certain or (position < length and not _is_line_end(raw[position])):
+            return -1
+        if max(abs(points[row, 0]), abs(points[row, 1])) > MAX_COORDINATE:
             return -1
         row += 1
     if row - first > 1 and np.all(points[row - 1] == points[first]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -39,6 +40,7 @@ from parallel_dicomseg.errors import (
     VerificationError,
 )
 from parallel_dicomseg.records import Problem, Progress, Reason, Summary
+from parallel_dicomseg.store import Hdf5Writer
 from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 from parallel_dicomseg.terminal import (
     PlainLines,
@@ -97,12 +99,11 @@ def run(*words: object, command: click.Command = main) -> Result:
     return result
 
 
-def break_one_image(directory: Path) -> tuple[Path, int]:
-    """Cut off the end of the first image, and tell how much is lost: it and its outlines."""
-    scanned = scan_cohort(directory)
-    image = directory / os.fsdecode(scanned.slices.path[0])
+def break_one_image(directory: Path) -> Path:
+    """Cut off the end of the first image."""
+    image = directory / os.fsdecode(scan_cohort(directory).slices.path[0])
     image.write_bytes(image.read_bytes()[:-100])
-    return image, 1 + int(np.count_nonzero(scanned.contours.slice == 0))
+    return image
 
 
 # --- help and settings
@@ -115,6 +116,16 @@ def test_every_command_has_help_with_an_example(name: str) -> None:
 
     assert "Example:\n" in text
     assert f"  parallel-dicomseg {name}" in text.partition("Example:\n")[2]
+    assert max(map(len, text.splitlines())) <= 80
+
+
+def test_help_says_what_may_be_left_out_and_what_is_shared() -> None:
+    """SOURCE is optional, defaults are spelled like choices, --workers serves both stages."""
+    text = " ".join(run("convert", "--help").stdout.split())
+
+    assert "convert [OPTIONS] [SOURCE]" in text
+    assert "[0|0.5|1] Contour coordinate of the centre of the first pixel. [default: 0]" in text
+    assert "--workers N Workers; on the command line also threads that read headers;" in text
 
 
 def test_commands_are_listed_in_the_order_of_use() -> None:
@@ -203,6 +214,8 @@ def test_a_wrong_start_is_one_line_and_status_2(words: list[str], message: str) 
         (KeyboardInterrupt(), 130, "interrupted"),
         (PermissionError(13, "Permission denied", "x"), 2, "error: Permission denied: x"),
         (OSError(28, "No space left on device"), 2, "error: No space left on device"),
+        (OSError("Can't read data"), 2, "error: Can't read data"),
+        (LayoutError("caf\udce9\x1b[2J"), 2, r"error: caf\udce9\x1b[2J"),
     ],
 )
 def test_each_kind_of_error_has_its_status(error: BaseException, status: int, line: str) -> None:
@@ -263,14 +276,18 @@ def test_scan_takes_stock(cohort: Path) -> None:
 
 
 def test_scan_of_real_data_counts_as_its_description(shared_data: Path) -> None:
-    """96 inner and 46 outer outlines of 5 patients, in two pixel spacings and three numbers."""
+    """96 inner and 46 outer outlines of 5 patients, in three pixel spacings."""
     source = shared_data / "sunnybrook_arterys" / "final_data"
     found = json.loads(run("scan", source, "--json").stdout)
 
     assert (found["patients"], found["images"]) == (5, 96)
     assert found["structures"] == {"i": 96, "o": 46}
     assert found["sizes"] == {"256 x 256": 96}
-    assert sum(found["pixel_spacings"].values()) == 96
+    assert found["pixel_spacings"] == {
+        "1.3672 x 1.3672 mm": 40,
+        "1.367188 x 1.367188 mm": 36,
+        "1.2891 x 1.2891 mm": 20,
+    }
 
 
 def test_convert_writes_what_it_says(cohort: Path) -> None:
@@ -321,24 +338,77 @@ def test_an_existing_output_is_kept_unless_overwrite(cohort: Path) -> None:
 
     assert (refused.exit_code, kept) == (2, "precious")
     assert "--overwrite" in refused.stderr
+    assert "scan: " not in refused.stderr
     assert done.exit_code == 0
     assert h5py.is_hdf5("out.h5")
 
 
 def test_a_rejected_slice_gives_status_1_and_is_told(cohort: Path) -> None:
-    """A truncated image is left out, named with its reason, and allowed by --max-rejected."""
+    """A truncated image counts once, is named with its reason, and allowed by --max-rejected."""
     shutil.copytree(cohort, "broken")
-    image, lost = break_one_image(Path("broken"))
+    image = break_one_image(Path("broken"))
     done = run("convert", "broken", "-o", "out.h5")
-    allowed = run("convert", "broken", "-o", "again.h5", "--max-rejected", lost)
+    allowed = run("convert", "broken", "-o", "again.h5", "--max-rejected", 1)
     strict = run("convert", "broken", "-o", "strict.h5", "--strict")
 
     assert (done.exit_code, allowed.exit_code, strict.exit_code) == (1, 0, 1)
-    assert f"exit status 1: {lost} rejected, 0 allowed (--max-rejected)" in done.stdout
+    assert "exit status 1: 1 rejected, 0 allowed (--max-rejected)" in done.stdout
+    assert re.search(r"^reported +image-rejected: \d", done.stdout, re.MULTILINE)
     assert image.relative_to("broken").as_posix() in done.stdout
     assert "exit status" not in allowed.stdout
     assert strict.stderr.splitlines()[-1].startswith("error: ")
     assert not Path("strict.h5").exists()
+
+
+def test_what_the_system_refuses_in_a_run_gives_status_1(
+    cohort: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A disk that fills up while chunks are written leaves a run unfinished: 1, not 2."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "out.h5")
+
+    monkeypatch.setattr(Hdf5Writer, "put", refuse)
+    done = run("convert", cohort, "-o", "out.h5", "--scheduler", "synchronous")
+    legacy = run("--data_directory", cohort, command=process_dicom_to_hdf5)
+
+    assert (done.exit_code, legacy.exit_code) == (1, 1)
+    assert done.stderr.splitlines()[-1] == "error: No space left on device: out.h5"
+    assert not Path("out.h5").exists()
+
+
+def test_a_foreign_config_ini_stops_nothing(cohort: Path) -> None:
+    """An ini without sections that lies about is not ours; scan and convert ignore it."""
+    Path("config.ini").write_text("colour = blue\n")
+
+    assert run("scan", cohort).exit_code == 0
+    assert run("convert", cohort, "-o", "out.h5").exit_code == 0
+    assert run("scan", cohort, "--config", "config.ini").exit_code == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 on other systems")
+def test_names_of_any_bytes_can_be_printed(cohort: Path) -> None:
+    """Strays named in Latin-1 or with steering codes, on a strict standard output."""
+    shutil.copytree(cohort, "odd")
+    for name in (b"caf\xe9.txt", b"two\nlines.txt", b"\x1b[2J.txt"):
+        Path("odd", os.fsdecode(name)).write_text("")
+        Path("odd", "dicoms", os.fsdecode(name)).write_text("")
+    words = [["scan", "odd"], ["convert", "odd", "-o", "out.h5"], ["inspect", "out.h5"]]
+    texts = [run(*one).stdout for one in words]
+    texts += [run("verify", os.fsdecode(shutil.copy("out.h5", b"caf\xe9.h5"))).stdout]
+    problems = json.loads(run("scan", "odd", "--json").stdout)["problems"]
+
+    for text in texts:
+        assert "\x1b" not in text
+    for text in (texts[0], texts[2]):
+        for name in (r"caf\udce9.txt", r"two\nlines.txt", r"\x1b[2J.txt"):
+            assert f"dicoms/{name}: " in text
+    assert r"caf\udce9.h5: 8 slices read, sound" in texts[3]
+    assert {os.fsencode(problem["path"]) for problem in problems} == {
+        b"dicoms/caf\xe9.txt",
+        b"dicoms/two\nlines.txt",
+        b"dicoms/\x1b[2J.txt",
+    }
 
 
 def test_inspect_speaks_of_the_file(converted: Path) -> None:
@@ -462,6 +532,8 @@ def test_the_demo_works_twice(capfd: pytest.CaptureFixture[str]) -> None:
     assert first.exit_code == 0, first.output
     assert "cohort.h5" in first.stdout
     assert second["verification_problems"] == []
+    assert second["sound"] is True
+    assert (second["summary"]["rejected"], second["summary"]["exit_status"]) == (0, 0)
     assert Path("here", "cohort.h5").is_file()
 
 

@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_dicomseg import codec, plan, rasterize
+from parallel_dicomseg import codec, plan, rasterize, schedulers
 from parallel_dicomseg.config import (
+    SCHEDULERS,
     SETTINGS,
     LegacyConfig,
     Settings,
@@ -87,6 +88,7 @@ def test_choices_are_those_of_the_rooms_that_obey_them() -> None:
     assert SETTINGS["convert.rule"].choices == tuple(rasterize.RULES)
     assert SETTINGS["convert.codec"].choices == tuple(codec.CODECS)
     assert SETTINGS["convert.contour_origin"].choices == tuple(plan.CONTOUR_ORIGINS)
+    assert (*schedulers.LOCAL_SCHEDULERS, "distributed") == SCHEDULERS
 
 
 def test_every_setting_accepts_its_own_default() -> None:
@@ -179,6 +181,7 @@ def test_resolving_equals_looking_everywhere(
     ("text", "message"),
     [
         ("[scan\n", r"c\.toml: not valid TOML: .*line 1"),
+        (f"[scan]\nworkers = {'9' * 5000}", r"c\.toml: not valid TOML: .*digits"),
         ("[skan]\n", r"c\.toml: skan: there is no such setting; did you mean scan\?"),
         ("scan = 3", r"c\.toml: scan = 3: expected a table \[scan\]"),
         ("[convert]\nchecks = 1", r"convert\.checks = 1: expected a table \[convert\.checks\]"),
@@ -263,6 +266,7 @@ def test_missing_keys_of_the_original_config_get_the_documented_defaults() -> No
         ("[other]\na = 1", r"config\.ini: there is no section \[local\]"),
         ("BATCH_SIZE = 1", r"config\.ini: not a valid config\.ini: .*no section headers"),
         ("[local]\nBATCH_SIZE = many", r"local\.BATCH_SIZE = 'many': expected a whole number"),
+        (f"[local]\nBATCH_SIZE = {'9' * 5000}", r"expected a whole number of at least 1"),
         ("[local]\nNUM_EPOCHS = 0", r"local\.NUM_EPOCHS = '0': expected .* at least 1"),
         ("[local]\nLINK_FILE_NAME =", r"local\.LINK_FILE_NAME = '': expected a text"),
         ("[local]\nDATA_DIR = x", r"there is no such setting; did you mean data_dir_base\?"),
@@ -273,6 +277,36 @@ def test_a_wrong_original_config_is_told(text: str, message: str) -> None:
     """Each mistake in a config.ini gives one sentence with the file and the key."""
     with pytest.raises(ConfigurationError, match=message):
         read_legacy_config(write("config.ini", text))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"no = section",
+        b"[local]\na = 1\na = 2\n",
+        b"[local]\na = \xff\n",
+        b"[[x",
+        b"[other]\na = 1",
+    ],
+)
+def test_an_ini_of_somebody_else_is_in_nobodys_way(content: bytes) -> None:
+    """A config.ini that was not named and is not ours is ignored; named, it is an error."""
+    Path("config.ini").write_bytes(content)
+
+    assert load_settings() == resolve(check_layer("command line", {}))
+    with pytest.raises(ConfigurationError, match=r"^config\.ini: "):
+        load_settings(config="config.ini")
+
+
+def test_a_byte_order_mark_does_no_harm() -> None:
+    """Files as Windows editors save them are read."""
+    mark = "\ufeff"
+    write("config.ini", mark + LEGACY.lstrip())
+    legacy = load_settings()
+    write("parallel_dicomseg.toml", mark + CONFIG)
+
+    assert legacy.file == "config.ini"
+    assert load_settings().scan.structures == ("o", "i")
 
 
 def test_percent_signs_in_the_original_config_are_plain() -> None:

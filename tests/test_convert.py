@@ -120,8 +120,8 @@ def test_bad_outlines_cost_their_structure_only(cohort_directory, original, tmp_
     """Words, NaN, one point, nothing: each is named; the slice of a lost i with an o remains."""
     bad = outline_files(cohort_directory)
     texts = {
-        bad[0]: ("12.5 words\n1 2\n3 4\n", "line 1: .*'words' is not a number"),
-        bad[1]: ("1 2\nnan 4\n3 4\n", "line 2: .*'nan' is not a finite number"),
+        bad[0]: ("12.5 words\n1 2\n3 4\n", "line 1: value 2 is not a number"),
+        bad[1]: ("1 2\nnan 4\n3 4\n", "line 2: value 1 is not finite"),
         bad[2]: ("1 2\n", "1 point"),
         bad[3]: ("", "0 point|empty"),
     }

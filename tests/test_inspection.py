@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
@@ -26,6 +29,7 @@ from parallel_dicomseg.report.inspection import (
     ThicknessCount,
     describe,
     inspect_file,
+    printable,
     render,
 )
 
@@ -214,7 +218,7 @@ def crowded(dataset: SmallDataset) -> Inspection:
     found = describe(dataset)
     problems = tuple(
         Problem(f"[bold]{'folder/' * 12}{k}.dcm", Reason.UNDECODABLE_PIXELS, "[/] wrong" * 9)
-        for k in range(9)
+        for k in range(14)
     )
     areas = Spread(1.0, 123_456.0, 1_048_576.0)
     return replace(
@@ -250,6 +254,42 @@ def test_print_cuts_nothing_off(dataset: SmallDataset) -> None:
     assert "3 more" in " ".join(text.split())
     assert "1,048,576" in text
     assert "1,234,567" in text
+
+
+def test_names_of_any_bytes_are_printed(dataset: SmallDataset) -> None:
+    """Bytes that are not UTF-8, line ends and steering codes come out as escapes."""
+    odd = "caf\udce9\n\x1b[2J/ü.dcm"
+    structure = StructureSummary("i\x1b", 0, None, None)
+    found = replace(
+        describe(dataset),
+        path=odd,
+        structures=(structure,),
+        rejected=(Problem(odd, Reason.NOT_DICOM, odd),),
+    )
+    shown = printed(found, 200).encode().decode()
+
+    assert shown.count(r"caf\udce9\n\x1b[2J/ü.dcm") == 3
+    assert r"i\x1b" in shown
+    assert "\x1b" not in shown
+
+
+@given(st.text(), st.binary())
+def test_printable_text_is_one_line_and_plain_text_stays(text: str, name: bytes) -> None:
+    """Any text and any name fit UTF-8 and one line; what prints already is not touched."""
+    for one in (text, os.fsdecode(name)):
+        shown = printable(one)
+
+        assert shown.encode().decode() == shown
+        assert shown.isprintable()
+        assert one == shown or not one.isprintable()
+
+
+def test_spacings_are_shown_as_written(dataset: SmallDataset) -> None:
+    """Seven digits, as DICOM writers give: two spacings that differ in the last are two."""
+    spacings = (SpacingCount(1.367188, 1.367188, 2), SpacingCount(1.367189, 1.367189, 1))
+    text = printed(replace(describe(dataset), pixel_spacings=spacings))
+
+    assert "1.367188 x 1.367188 mm (2), 1.367189 x 1.367189 mm (1)" in " ".join(text.split())
 
 
 def test_print_is_plain_text_elsewhere(dataset: SmallDataset) -> None:

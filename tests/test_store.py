@@ -1,8 +1,11 @@
 """The files: read by everybody, checked by verify, never half there."""
 
+import contextlib
 import os
+import re
 import shutil
 
+import google_crc32c
 import h5py
 import hdf5plugin
 import numpy as np
@@ -24,6 +27,7 @@ from parallel_dicomseg import (
 from parallel_dicomseg.codec import CODECS
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.loader import sample_order
+from parallel_dicomseg.report.inspection import inspect_file
 from parallel_dicomseg.store import zarr as zarr_store
 from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 
@@ -140,7 +144,7 @@ def test_a_mirror_never_replaces_what_is_no_mirror(files, tmp_path):
         with pytest.raises(ConfigurationError, match=r"x.zarr exists"):
             mirror_to_zarr(dataset, tmp_path / "x.zarr")
         mirror_to_zarr(dataset, tmp_path / "x.zarr", overwrite=True)
-        with pytest.raises(ConfigurationError, match="is no zarr group"):
+        with pytest.raises(ConfigurationError, match="is no mirror"):
             mirror_to_zarr(dataset, tmp_path / "data", overwrite=True)
     assert (tmp_path / "data" / "thesis.txt").read_text() == "precious"
 
@@ -152,49 +156,194 @@ def test_a_sound_file_verifies(files):
         assert (verification.slices, verification.problems) == (10, ())
 
 
-def flip(path, offset):
-    """Turn one bit of a file."""
+def flip(path, offset, bit=0):
+    """Turn one bit of a file; a second call turns it back."""
     with open(path, "r+b") as file:
         file.seek(offset)
         byte = file.read(1)[0]
         file.seek(offset)
-        file.write(bytes([byte ^ 1]))
+        file.write(bytes([byte ^ 1 << bit]))
 
 
-@pytest.mark.parametrize("name", ["images", "masks"])
-def test_verify_names_the_slice_whose_bytes_are_wrong(copy, name):
-    """A bit flipped in the middle of a chunk is found, and only there."""
-    with open_dataset(copy) as dataset:
-        array = getattr(dataset, name)
-        offset = int(array.offsets[3] + array.sizes[3] // 2)
-    flip(copy, offset)
-
-    (problem,) = verify_file(copy).problems
-
-    assert f"/{name}[3]" in problem
+def renew_checksum(path, name, row):
+    """Make the table agree with a chunk that was written anew."""
+    with open_dataset(path) as dataset:
+        checksum = google_crc32c.value(getattr(dataset, name).encoded(row))
+    with h5py.File(path, "r+") as file:
+        file[f"table/{name[:-1]}_crc32c"][row] = checksum
 
 
-def test_verify_finds_a_table_that_lies(copy):
-    """Area and intensity are measured again."""
+@pytest.mark.parametrize("codec", CODECS)
+def test_verify_finds_every_flipped_bit_and_names_its_slice(files, tmp_path, codec):
+    """Seventy-five random places in the chunks of each codec, one at a time."""
+    path = shutil.copy(files[codec], tmp_path / "x.h5")
+    random = np.random.default_rng(11)
+    for _ in range(75):
+        name, row = random.choice(["images", "masks"]), random.integers(10)
+        with open_dataset(path) as dataset:
+            array = getattr(dataset, name)
+            offset = int(array.offsets[row] + random.integers(array.sizes[row]))
+        bit = random.integers(8)
+        flip(path, offset, bit)
+
+        (problem,) = verify_file(path).problems
+
+        assert f"/{name}[{row}]: checksum 0x" in problem
+        assert "differs from the table's 0x" in problem
+        flip(path, offset, bit)
+    assert verify_file(path).is_sound
+
+
+@pytest.mark.timeout(120)
+def test_damage_anywhere_ends_in_problems_or_a_layout_error(files, tmp_path):
+    """Two hundred random places of the whole file; everything is closed, nothing hangs."""
+    path = shutil.copy(files["deflate"], tmp_path / "x.h5")
+    random = np.random.default_rng(12)
+    before = len(os.listdir("/proc/self/fd"))
+    for offset in random.integers(os.path.getsize(path), size=200).tolist():
+        bit = random.integers(8)
+        flip(path, offset, bit)
+        for look in (verify_file, inspect_file):
+            with contextlib.suppress(LayoutError):
+                look(path)
+        flip(path, offset, bit)
+    assert verify_file(path).is_sound
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("size", [0, 7, 600, 5000, 20000])
+def test_a_file_cut_short_is_refused(copy, size):
+    """HDF5 knows how long the file was."""
+    os.truncate(copy, size)
+
+    with pytest.raises(LayoutError, match=r"copy.h5 is no readable HDF5 file"):
+        verify_file(copy)
+
+
+@pytest.mark.parametrize(
+    ("column", "row", "value", "expected"),
+    [
+        ("area", 2, 5, ["/table/area_mm2[2] is", "/table/area[2] is [5, 5], the pixels give"]),
+        ("components", 3, 99, ["/table/components[3] is [99, 99], the pixels give"]),
+        ("outside", 4, 7, ["/table/outside[4] is [7], the pixels give [0]"]),
+        ("intensity", 4, 0.5, ["/table/intensity[4] is [0.5, 0.5, 0.5, 0.5], the pixels give"]),
+        ("area_mm2", 5, 1.5, ["/table/area_mm2[5] is [1.5, 1.5], the table gives"]),
+        ("annotated", 6, False, ["/table/annotated[6] is False, the table gives True"]),
+        ("series_index", 0, 1, ["/table/series_index[0] is 1, /series gives 0"]),
+        ("patient_id", 0, b"nobody", ["/series/patient_id[0] is not that of slice 0"]),
+        ("image_crc32c", 7, 1, ["differs from the table's 0x00000001"]),
+        ("mask_crc32c", 8, 1, ["/masks[8]: checksum 0x"]),
+    ],
+)
+def test_verify_finds_a_table_that_lies(copy, column, row, value, expected):
+    """What can be measured or computed again is, and the slice is named."""
     with h5py.File(copy, "r+") as file:
-        file["table/area"][2, 0] += 1
-        file["table/intensity"][4, 2] += 0.5
+        file[f"table/{column}"][row] = value
+
+    problems = [text for text in verify_file(copy).problems if "/table/flags" not in text]
+
+    assert len(problems) == len(expected)
+    for problem, words in zip(problems, expected, strict=True):
+        assert words in problem
+
+
+@pytest.mark.parametrize(
+    ("bits", "contradicted"),
+    [
+        (1 << 0, "mask-too-large"),
+        (1 << 1, "empty-mask"),
+        (1 << 2, "several-components"),
+        (1 << 3, "not-an-ellipse"),
+        (1 << 4, "inner-not-inside-outer"),
+        (1 << 5 | 1 << 6, None),
+        (1 << 7, "bit 7"),
+        (1 << 15, "bit 15"),
+    ],
+)
+def test_verify_computes_flags_again(copy, bits, contradicted):
+    """All but two, which need more than the file holds."""
+    with h5py.File(copy, "r+") as file:
+        assert not file["table/flags"][3]
+        file["table/flags"][3] = bits
 
     problems = verify_file(copy).problems
 
-    assert len(problems) == 2
-    assert "/table/area[2] is" in problems[0]
-    assert "/table/intensity[4] is" in problems[1]
+    if contradicted is None:
+        assert problems == ()
+    else:
+        said = f"/table/flags[3] is {bits:#x}, the table contradicts {contradicted}"
+        assert problems == (said,)
 
 
-def test_verify_finds_missing_rows_and_chunks(copy):
-    """A column of another length, and a file cut short."""
+def test_verify_misses_no_flag_that_its_thresholds_ask_for(copy):
+    """With a smaller allowed fraction the large masks should carry a flag."""
     with h5py.File(copy, "r+") as file:
-        values = file["table/flags"][:-1]
-        del file["table/flags"]
-        file["table/flags"] = values
+        file.attrs["check_max_mask_fraction"] = 0.01
+        large = np.flatnonzero((file["table/area"][:] > 0.01 * 40 * 56).any(axis=1))
 
-    assert verify_file(copy).problems == ("/table/flags has 9 rows, /images has 10",)
+    problems = verify_file(copy).problems
+
+    assert len(large)
+    assert problems == tuple(
+        f"/table/flags[{row}] is 0x0, the table contradicts mask-too-large" for row in large
+    )
+
+
+def test_verify_finds_a_mask_that_was_moved(copy):
+    """Area and components stay as they are; the checksum does not."""
+    with h5py.File(copy, "r+") as file:
+        file["masks"][3] = np.roll(file["masks"][3], 1, axis=0)
+
+    (problem,) = verify_file(copy).problems
+
+    assert "/masks[3]: checksum 0x" in problem
+
+
+def test_verify_measures_pixels_whose_checksum_is_right(copy):
+    """A chunk that was written anew together with its checksum."""
+    with h5py.File(copy, "r+") as file:
+        file["masks"][2, 0, 0] |= 1
+        file["images"][5, 0, 0] += 1
+    renew_checksum(copy, "masks", 2)
+    renew_checksum(copy, "images", 5)
+
+    problems = verify_file(copy).problems
+
+    assert [text.split(" is ")[0] for text in problems] == [
+        "/table/area[2]",
+        "/table/components[2]",
+        "/table/outside[2]",
+        "/table/intensity[5]",
+    ]
+
+
+def test_verify_does_without_checksums(copy):
+    """A bit flipped in a chunk is found by the decoder, and only there."""
+    with h5py.File(copy, "r+") as file:
+        del file["table/image_crc32c"], file["table/mask_crc32c"]
+    assert verify_file(copy).is_sound
+    with open_dataset(copy) as dataset:
+        flip(copy, int(dataset.masks.offsets[3] + dataset.masks.sizes[3] // 2))
+
+    (problem,) = verify_file(copy).problems
+
+    assert "/masks[3]: the chunk" in problem
+
+
+def test_verify_finds_missing_rows(copy):
+    """A column of another length, of another type, and none at all."""
+    with h5py.File(copy, "r+") as file:
+        table = file["table"]
+        values = {name: table[name][:] for name in ("flags", "area")}
+        del table["flags"], table["area"], table["components"]
+        table["flags"], table["area"] = values["flags"][:-1], values["area"].astype("f4")
+
+    problems = verify_file(copy).problems
+
+    assert len(problems) == 3
+    assert "no column 'components' in /table" in problems[0]
+    assert problems[1].startswith("/table/area is float32 (10, 2)")
+    assert problems[2] == "/table/flags has 9 rows, /images has 10"
 
 
 def test_verify_finds_bits_that_belong_to_no_structure(files, tmp_path):
@@ -202,11 +351,195 @@ def test_verify_finds_bits_that_belong_to_no_structure(files, tmp_path):
     path = shutil.copy(files["none"], tmp_path / "x.h5")
     with open_dataset(path) as dataset:
         offset = int(dataset.masks.offsets[1])
-    with open(path, "r+b") as file:
-        file.seek(offset)
-        file.write(b"\x80")
+    flip(path, offset, 7)
+    renew_checksum(path, "masks", 1)
 
     assert verify_file(path).problems == ("/masks[1] has bits beyond its structures",)
+
+
+def no_series(file):
+    """Take a group away."""
+    del file["series"]
+
+
+def shorter_rejected(file):
+    """Columns of different lengths."""
+    del file["rejected/reason"]
+    file["rejected/reason"] = np.full(3, b"bad-contour")
+
+
+def unknown_reason(file):
+    """A rejection that this program knows nothing of."""
+    for name, value in (("path", b"x"), ("reason", b"bad-luck"), ("detail", b"y")):
+        del file[f"rejected/{name}"]
+        file[f"rejected/{name}"] = np.array([value])
+    del file["rejected/rejection"]
+    file["rejected/rejection"] = np.array([True])
+
+
+def harmless_rejection(file):
+    """A rejection that is none."""
+    unknown_reason(file)
+    file["rejected/reason"][0] = b"bad-luck"
+    del file["rejected/reason"]
+    file["rejected/reason"] = np.array([b"stray-file"])
+
+
+def real_view(file):
+    """A copy in the place of a view."""
+    values = file["input"][:]
+    del file["input"]
+    file["input"] = values
+
+
+def swapped_views(file):
+    """Masks where images are expected."""
+    file.move("input", "x")
+    file.move("output", "input")
+    file.move("x", "output")
+
+
+def other_shape(file):
+    """The wrong way to see a slice."""
+    file["output"].attrs["lshape"] = [56, 40, 1]
+
+
+def gap_in_series(file):
+    """A slice that belongs to no series."""
+    file["series/first_slice"][1] += 1
+
+
+def series_too_long(file):
+    """More slices than there are."""
+    file["series/slices"][1] += 1
+
+
+@pytest.mark.parametrize(
+    ("damage", "expected"),
+    [
+        (no_series, ["/series cannot be read"]),
+        (gap_in_series, ["/series does not cover slices 0 to 9 in order"]),
+        (series_too_long, ["/series does not cover slices 0 to 9 in order"]),
+        (shorter_rejected, ["/rejected has columns of different lengths: "]),
+        (unknown_reason, ["/rejected cannot be read: 'bad-luck' is not a valid Reason"]),
+        (harmless_rejection, ["/rejected/rejection[0] is True, the reason is stray-file"]),
+        (real_view, ["/input cannot be read: it is no virtual view"]),
+        (swapped_views, ["/input is (10, 2240) of /masks", "/output is (10, 2240) of /images"]),
+        (other_shape, ["/output is (10, 2240) of /masks with lshape [56, 40, 1]"]),
+    ],
+)
+def test_verify_looks_at_what_stands_beside_the_table(copy, damage, expected):
+    """Series, rejections and views."""
+    with h5py.File(copy, "r+") as file:
+        damage(file)
+
+    problems = verify_file(copy).problems
+
+    assert len(problems) == len(expected)
+    for problem, words in zip(problems, expected, strict=True):
+        assert words in problem
+
+
+def test_a_damaged_column_is_a_problem_with_its_name(copy):
+    """Verify goes on, whoever reads the column learns which one it is."""
+    with h5py.File(copy) as file:
+        chunk = file["table/area"].id.get_chunk_info(0)
+    flip(copy, chunk.byte_offset + chunk.size // 2)
+
+    (problem,) = verify_file(copy).problems
+
+    assert "copy.h5: /table/area cannot be read" in problem
+    with pytest.raises(LayoutError, match=r"copy.h5: /table/area cannot be read"):
+        inspect_file(copy)
+
+
+@pytest.mark.parametrize(
+    ("path", "attribute", "value", "words"),
+    [
+        ("masks", None, None, "/masks cannot be read"),
+        ("/", "rule", None, "the attribute 'rule' of / is missing"),
+        ("/", "contour_origin", "left", "the attribute 'contour_origin' of / is 'left'"),
+        ("/", "check_max_mask_fraction", None, "'check_max_mask_fraction' of / is missing"),
+        ("/", "source", 3, "the attribute 'source' of / is 3"),
+        ("/", "codec", "lzma", "has codec 'lzma'"),
+        ("masks", "structures", None, "attributes of /masks cannot be read: structures"),
+        ("masks", "structures", list("abcdefghi"), "9 structures in masks of type uint8"),
+        ("masks", "nested", ["a inside b"], "attributes of /masks cannot be read"),
+        ("masks", "nested", ["i in o"], "attributes of /masks cannot be read"),
+    ],
+)
+def test_a_file_with_parts_missing_is_refused_and_closed(copy, path, attribute, value, words):
+    """The sentence names the part; no descriptor stays open."""
+    with h5py.File(copy, "r+") as file:
+        if attribute is None:
+            del file[path]
+        elif value is None:
+            del file[path].attrs[attribute]
+        else:
+            file[path].attrs[attribute] = value
+    before = len(os.listdir("/proc/self/fd"))
+
+    for look in (open_dataset, verify_file, inspect_file):
+        with pytest.raises(LayoutError, match=f"copy.h5.*{re.escape(words)}"):
+            look(copy)
+
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_damaged_text_is_refused_before_anybody_prints_it(copy):
+    """Bytes that are no UTF-8 in the name of the source."""
+    with open(copy, "rb") as file:
+        offset = file.read().index(b"sunnybrook")
+    flip(copy, offset, 7)
+
+    with pytest.raises(LayoutError, match=r"copy.h5: attributes of / cannot be read: 'utf-8'"):
+        open_dataset(copy)
+
+
+def test_arrays_in_other_pieces_are_refused(copy):
+    """One chunk per slice, or our reader cannot find them."""
+    with h5py.File(copy, "r+") as file:
+        del file["images"]
+        file.create_dataset("images", (10, 40, 56), "i2", chunks=(2, 40, 56))
+
+    with pytest.raises(LayoutError, match=r"/images cannot be read: .* not one per slice"):
+        open_dataset(copy)
+
+
+def test_missing_chunks_and_other_shapes_are_found(copy):
+    """An array that ends early, and one whose last slices were never written."""
+    with h5py.File(copy, "r+") as file:
+        attributes = dict(file["masks"].attrs.items())
+        del file["masks"]
+        masks = file.create_dataset(
+            "masks", (10, 40, 56), "u1", chunks=(1, 40, 56), maxshape=(None, 40, 56)
+        )
+        masks.attrs["structures"] = attributes["structures"]
+        masks.attrs["nested"] = attributes["nested"]
+
+    problems = verify_file(copy).problems
+
+    assert [f"/masks[{row}] is missing" in text for row, text in enumerate(problems)] == [True] * 10
+    with h5py.File(copy, "r+") as file:
+        file["masks"].resize(8, axis=0)
+    assert verify_file(copy).problems[-1] == "/masks is (8, 40, 56), /images is (10, 40, 56)"
+
+
+def test_a_cohort_without_any_outline_is_a_file_like_others(tmp_path):
+    """No structures: columns of width 0, empty masks; it opens, verifies and can be described."""
+    make_sunnybrook_cohort(tmp_path / "cohort", patients=2, slices=3, rows=40, columns=56)
+    for outline in (tmp_path / "cohort").rglob("*contour-manual.txt"):
+        outline.unlink()
+    cohort = scan_cohort(tmp_path / "cohort", options=ScanOptions(include_unannotated=True))
+    path = tmp_path / "x.h5"
+    convert_cohort(cohort, path, options=ConvertOptions(workers=1))
+
+    with open_dataset(path) as dataset:
+        assert (len(dataset), dataset.structures) == (6, ())
+        assert not dataset.masks[0].any()
+        assert dataset.column("area").shape == (6, 0)
+    assert verify_file(path).problems == ()
+    assert inspect_file(path).structures == ()
 
 
 def test_files_that_are_not_ours_are_refused_with_their_name(tmp_path):

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel_dicomseg.cohort import scan_cohort
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.records import Problem, Reason, ScanOptions, SliceTable
 from parallel_dicomseg.sources import SOURCES, Listing, Outline, Paired, choose_source, sunnybrook
@@ -935,3 +936,54 @@ def test_names_compare_as_words_and_numbers() -> None:
     assert len(same) == 1
     assert len(same | others) == 6
     assert sorted(["P10", "P2", "P1b", "P01"], key=natural_key) == ["P01", "P1b", "P2", "P10"]
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 200)), min_size=1, max_size=6))
+def test_names_sort_and_compare_as_their_integers(numbers: list[tuple[int, int]]) -> None:
+    """Whatever the padding: sorted by integer, and one name exactly where the integers are one."""
+    names = [f"P{'0' * zeros}{number}" for zeros, number in numbers]
+    ordered = sorted(names, key=natural_key)
+
+    assert [int(name[1:]) for name in ordered] == sorted(number for _, number in numbers)
+    assert len({canonical_name(name) for name in names}) == len({number for _, number in numbers})
+
+
+def test_numbers_of_any_length_are_names(tmp_path: Path) -> None:
+    """5,000 digits, which `int` refuses, in a table, and a contour's number of 200."""
+    long, longer = "9" * 5000, "1" + "0" * 5000
+    path = tmp_path / "link.csv"
+    path.write_text(f"patient_id,original_id\n{longer},A\n{long},B\n")
+    root = arterys(tmp_path / "data", [1, 10**200], ["1.dcm", f"{'7' * 200}.dcm"])
+    found, paired, _ = pair(root, in_folder({"1.dcm": 1}))
+
+    assert [link.patient_id for link in read_links(path)] == [longer, long]
+    assert sorted([longer, long, "0" * 5000], key=natural_key) == ["0" * 5000, long, longer]
+    assert canonical_name(f"P{'0' * 5000}1") == canonical_name("P1")
+    assert found == {contour(1): "dicoms/P1/1.dcm"}
+    assert reasons(paired.problems) == {contour(10**200): {"contour-without-image"}}
+
+
+# ------------------------------------------------------------------- nothing that fits together
+
+
+def test_a_scan_without_images_names_what_is_wrong(tmp_path: Path) -> None:
+    """A table with wrong names: the missing patients are told, before what is harmless."""
+    root = arterys(tmp_path, [1], ["1.dcm"], **{"link.csv": "patient_id,original_id\nQ1,SC-1\n"})
+    with pytest.raises(
+        LayoutError,
+        match=r"no image file to convert was found; 2 problem\(s\): "
+        r"dicoms/Q1: no images for 1 contour file\(s\); dicoms/P1: no row of link\.csv names it$",
+    ):
+        scan_cohort(root)
+
+
+def test_a_scan_that_pairs_nothing_counts_and_names(tmp_path: Path) -> None:
+    """Images that are not DICOM: how many of what was found, and the first three problems."""
+    root = arterys(tmp_path, range(1, 6), [f"{k}.dcm" for k in range(1, 6)])
+    with pytest.raises(
+        LayoutError,
+        match=r"nothing to convert among 5 possible image\(s\), 0 of them readable, and 5 "
+        r"outline\(s\); 10 problem\(s\): dicoms/P1/1\.dcm: .*; dicoms/P1/2\.dcm: .*; "
+        r"dicoms/P1/3\.dcm: .*; and 7 more$",
+    ):
+        scan_cohort(root)

@@ -13,15 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.records import FLAGS, Float64, Problem
-from parallel_dicomseg.store import open_dataset
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
     from rich.table import Table
 
-#: How many rows of each flag are named, and how many files of each reason are listed.
+#: How many rows of each flag are named.
 NAMED_ROWS = 8
-LISTED_PROBLEMS = 5
+#: How many problems of a kind are listed one by one.
+LISTED_PROBLEMS = 10
 #: How many distinct pixel spacings and slice thicknesses are listed.
 LISTED_VALUES = 4
 
@@ -167,6 +167,8 @@ def inspect_file(path: str | Path) -> Inspection:
     LayoutError
         The file is missing, is no HDF5 file, or is not one of ours.
     """
+    from parallel_dicomseg.store import open_dataset  # slow to import, and --help needs the words
+
     with open_dataset(path) as dataset:
         return describe(dataset)
 
@@ -268,6 +270,17 @@ def _ratio(plain: int, encoded: int) -> float | None:
 # ------------------------------------------------------------------------------------ for people
 
 
+def printable(text: str) -> str:
+    """Text as one line for any terminal: whatever does not print, as in a Python string.
+
+    A file's name may hold line ends, codes that steer a terminal, and bytes that are not UTF-8
+    (lone surrogates in Python), which standard output refuses.
+    """
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def render(inspection: Inspection, console: Console) -> None:
     """Print an inspection for a person; tidy from 80 columns on.
 
@@ -299,7 +312,7 @@ def _facts(inspection: Inspection) -> Table:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     for name, text in _facts_as_text(inspection):
-        grid.add_row(name, Text(text))
+        grid.add_row(name, Text(printable(text)))
     return grid
 
 
@@ -344,7 +357,7 @@ def _size(inspection: Inspection) -> str:
 
 
 def _millimetres(*values: float | None) -> str:
-    known = [f"{value:.6g}" for value in values if value is not None]
+    known = [f"{value:.7g}" for value in values if value is not None]
     return f"{' x '.join(known)} mm" if len(known) == len(values) else "unknown"
 
 
@@ -373,7 +386,9 @@ def _structures(inspection: Inspection) -> Table:
 
     table = _table("structure", "slices", "area in", "smallest", "median", "largest", numbers=5)
     for s in inspection.structures:
-        table.add_row(Text(s.name), f"{s.annotated:,}", "pixels", *_spread_as_text(s.area))
+        table.add_row(
+            Text(printable(s.name)), f"{s.annotated:,}", "pixels", *_spread_as_text(s.area)
+        )
         table.add_row("", "", "mm2", *_spread_as_text(s.area_mm2))
     return table
 
@@ -403,6 +418,7 @@ def _problems(heading: str, problems: Sequence[Problem]) -> Iterator[RenderableT
         yield f"  {reason}: {count:,}"
         same = [problem for problem in problems if problem.reason == reason]
         for problem in same[:LISTED_PROBLEMS]:
-            yield Padding(Text(f"{problem.path}: {problem.detail}", overflow="fold"), (0, 0, 0, 4))
+            line = printable(f"{problem.path}: {problem.detail}")
+            yield Padding(Text(line, overflow="fold"), (0, 0, 0, 4))
         if count > LISTED_PROBLEMS:
             yield f"    and {count - LISTED_PROBLEMS:,} more"

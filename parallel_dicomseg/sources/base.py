@@ -20,8 +20,8 @@ _IMAGE_SUFFIXES = frozenset({"dcm", "dicom", "ima"})
 _DIGITS = re.compile(r"([0-9]+)")
 _WORD_OR_NUMBER = re.compile(r"[0-9]+|[^\W\d_]+")
 
-NaturalKey = tuple[tuple[str | int, ...], str]
-CanonicalName = tuple[str | int, ...]
+NaturalKey = tuple[tuple[str | tuple[int, str], ...], str]
+CanonicalName = tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +201,13 @@ def may_be_image(name: str) -> bool:
 def natural_key(name: str) -> NaturalKey:
     """Sorts numbers inside a name as integers: P2 before P10."""
     parts = _DIGITS.split(name)
-    return tuple(int(part) if k % 2 else part.casefold() for k, part in enumerate(parts)), name
+    return tuple(_by_size(part) if k % 2 else part.casefold() for k, part in enumerate(parts)), name
+
+
+def _by_size(digits: str) -> tuple[int, str]:
+    """Sorts digits as the integer that they are; `int` itself refuses thousands of them."""
+    significant = digits.lstrip("0")
+    return len(significant), significant
 
 
 def canonical_name(name: str) -> CanonicalName:
@@ -210,6 +216,4 @@ def canonical_name(name: str) -> CanonicalName:
     'SC-HF-I-01', 'SC-HF-I-1' and 'sc_hf_i_001' are one name, 'SC-HF-I-10' is another.
     """
     parts = _WORD_OR_NUMBER.findall(name)
-    return tuple(int(part) if part[0] in "0123456789" else part.casefold() for part in parts) or (
-        name,
-    )
+    return tuple(part.casefold().lstrip("0") or "0" for part in parts) or (name,)

@@ -3,19 +3,32 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, Self
 
+import google_crc32c
 import h5py
 import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.codec import CODECS, decode
 from parallel_dicomseg.errors import LayoutError
-from parallel_dicomseg.records import Problem, Reason
+from parallel_dicomseg.records import Checks, Problem, Reason
 from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, chunk_index
 
 _SCALE_ATTRIBUTES = ("DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "CLASS", "NAME")
+# What the root says besides format, version and codec; 0 and 1.0 are both numbers.
+_ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
+    "source": str,
+    "rule": str,
+    "contour_origin": (int, float),
+    "include_unannotated": bool,
+    "keep_identity": bool,
+    **{f"check_{threshold.name}": (int, float) for threshold in fields(Checks)},
+}
 
 
 class ChunkedArray:
@@ -31,6 +44,8 @@ class ChunkedArray:
         self.name: str = dataset.name
         self.shape: tuple[int, int, int] = dataset.shape
         self.dtype: np.dtype[Any] = dataset.dtype
+        if len(self.shape) != 3 or dataset.chunks != (1, *self.shape[1:]):
+            raise ValueError(f"shape {self.shape} in chunks {dataset.chunks}, not one per slice")
         self.offsets, self.sizes = chunk_index(dataset.id, dataset.shape[0])
 
     def __len__(self) -> int:
@@ -45,19 +60,42 @@ class ChunkedArray:
     def encoded(self, row: int) -> bytes:
         """The chunk of one slice as it is in the file."""
         size = int(self.sizes[row])
-        chunk = os.pread(self._descriptor, size, int(self.offsets[row]))
-        if not size or len(chunk) != size:
+        if not size:
+            raise LayoutError(f"{self._path}: {self.name}[{row}] is missing")
+        with _reading(self._path, f"{self.name}[{row}]"):
+            chunk = os.pread(self._descriptor, size, int(self.offsets[row]))
+        if len(chunk) != size:
             raise LayoutError(
-                f"{self._path}: {self.name}[{row}] holds {len(chunk)} bytes of {size}"
+                f"{self._path}: {self.name}[{row}] ends after {len(chunk)} of {size} bytes, "
+                f"where the file ends"
             )
         return chunk
 
-    def read_into(self, row: int, out: NDArray[Any]) -> None:
-        """Decode one slice into `out` (rows, columns), C-contiguous, of this dtype."""
+    def read_into(self, row: int, out: NDArray[Any], crc32c: int | None = None) -> None:
+        """Decode one slice into `out` (rows, columns), C-contiguous, of this dtype.
+
+        Parameters
+        ----------
+        row, out
+            Which slice, and where to.
+        crc32c
+            What the checksum of the encoded bytes must be, where it is known.
+
+        Raises
+        ------
+        LayoutError
+            The chunk is missing, cut short or no chunk of this codec, or has another checksum.
+        """
+        chunk = self.encoded(row)
+        where = f"{self._path}: {self.name}[{row}]"
+        if crc32c is not None and (found := google_crc32c.value(chunk)) != crc32c:
+            raise LayoutError(
+                f"{where}: checksum {found:#010x} differs from the table's {crc32c:#010x}"
+            )
         try:
-            decode(self.encoded(row), self._codec, out)
-        except ValueError as error:
-            raise LayoutError(f"{self._path}: {self.name}[{row}]: {error}") from error
+            decode(chunk, self._codec, out)
+        except (ValueError, MemoryError) as error:
+            raise LayoutError(f"{where}: {error}") from error
 
 
 class Dataset:
@@ -65,25 +103,24 @@ class Dataset:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file = _open(self.path)
-        try:
-            self.attributes: dict[str, Any] = {
-                name: _plain(value) for name, value in self._file.attrs.items()
-            }
+        with ExitStack() as resources:
+            self._file = resources.enter_context(_open(self.path))
+            with _reading(self.path, "attributes of /"):
+                self.attributes: dict[str, Any] = _plain_attributes(self._file)
             _check_format(self.path, self.attributes)
-            self._descriptor = os.open(self.path, os.O_RDONLY)
-        except BaseException:
-            self._file.close()
-            raise
+            with _reading(self.path, "the file"):
+                descriptor = os.open(self.path, os.O_RDONLY)
+                resources.callback(os.close, descriptor)
+            self.images = self._array("images", descriptor)
+            self.masks = self._array("masks", descriptor)
+            with _reading(self.path, "attributes of /masks"):
+                self.structures, self.nested = _structures(self._file["masks"])
+            self._resources = resources.pop_all()
+
+    def _array(self, name: str, descriptor: int) -> ChunkedArray:
         codec = str(self.attributes["codec"])
-        self.images = ChunkedArray(self._descriptor, self._file["images"], codec, self.path)
-        self.masks = ChunkedArray(self._descriptor, self._file["masks"], codec, self.path)
-        self.structures: tuple[str, ...] = tuple(self._file["masks"].attrs["structures"])
-        nested = self._file["masks"].attrs.get("nested", ())
-        self.nested: tuple[tuple[int, int], ...] = tuple(
-            (self.structures.index(inner), self.structures.index(outer))
-            for inner, outer in (pair.split(" inside ") for pair in nested)
-        )
+        with _reading(self.path, f"/{name}"):
+            return ChunkedArray(descriptor, self._file[name], codec, self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -93,9 +130,7 @@ class Dataset:
 
     def close(self) -> None:
         """Close the file; a second call does nothing."""
-        if self._file:
-            self._file.close()
-            os.close(self._descriptor)
+        self._resources.close()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -117,33 +152,60 @@ class Dataset:
 
     def columns(self, group: str = "table") -> tuple[str, ...]:
         """Names of the columns of /table (or /series, /rejected)."""
-        return tuple(self._file[group])
+        with _reading(self.path, f"/{group}"):
+            return tuple(self._file[group])
 
     def axes(self, name: str) -> tuple[str, ...]:
         """Names of a dataset's axes, e.g. of 'table/area': ('slice', 'structure')."""
-        return tuple(str(axis.label) for axis in self._file[name].dims)
+        with _reading(self.path, f"axes of {name}"):
+            return tuple(str(axis.label) for axis in self._file[name].dims)
 
     def attributes_of(self, name: str) -> dict[str, Any]:
         """Attributes of a dataset, without those that HDF5 keeps its dimension scales in."""
-        attributes = self._file[name].attrs.items()
-        return {key: _plain(value) for key, value in attributes if key not in _SCALE_ATTRIBUTES}
+        with _reading(self.path, f"attributes of {name}"):
+            return _plain_attributes(self._file[name])
 
     def column(self, name: str, group: str = "table") -> NDArray[Any]:
         """One column of /table (or /series), (n, …); text as fixed-length bytes."""
-        if name not in self._file[group]:
-            known = ", ".join(self._file[group])
+        if name not in self.columns(group):
+            known = ", ".join(self.columns(group))
             raise LayoutError(f"{self.path}: no column {name!r} in /{group}, there are {known}")
-        values: NDArray[Any] = self._file[group][name][()]
+        with _reading(self.path, f"/{group}/{name}"):
+            values: NDArray[Any] = self._file[group][name][()]
         return values
+
+    def view(self, name: str) -> tuple[tuple[int, ...], str]:
+        """The shape of a virtual view, and the name of the array that it shows all of.
+
+        Raises
+        ------
+        LayoutError
+            There is no such view, or it does not show one whole array of this file.
+        """
+        with _reading(self.path, f"/{name}"):
+            view = self._file[name]
+            if not view.is_virtual:
+                raise ValueError("it is no virtual view")
+            parts = view.virtual_sources()
+            whole = [
+                part.file_name == "."
+                and part.vspace.get_select_npoints() == view.size
+                and part.src_space.get_select_type() == h5py.h5s.SEL_ALL
+                for part in parts
+            ]
+            if whole != [True]:
+                raise ValueError("it does not show one whole array of this file")
+            return view.shape, parts[0].dset_name
 
     @property
     def rejected(self) -> list[Problem]:
         """What is not in the file, and why."""
         columns = [self.column(name, "rejected").tolist() for name in ("path", "reason", "detail")]
-        return [
-            Problem(os.fsdecode(path), Reason(reason.decode()), detail.decode())
-            for path, reason, detail in zip(*columns, strict=True)
-        ]
+        with _reading(self.path, "/rejected"):
+            return [
+                Problem(os.fsdecode(path), Reason(reason.decode()), detail.decode())
+                for path, reason, detail in zip(*columns, strict=True)
+            ]
 
     @property
     def stored_bytes(self) -> tuple[int, int]:
@@ -172,8 +234,18 @@ def _open(path: Path) -> h5py.File:
         raise LayoutError(f"{path}: no such file")
     try:
         return h5py.File(path, "r")
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise LayoutError(f"{path} is no readable HDF5 file: {error}") from error
+
+
+@contextmanager
+def _reading(path: Path, what: str) -> Iterator[None]:
+    """Turn what h5py raises, which for a damaged file is nearly everything, into a LayoutError."""
+    try:
+        yield
+    except Exception as error:
+        words = error.args[0] if isinstance(error, KeyError) else error  # its str is a repr
+        raise LayoutError(f"{path}: {what} cannot be read: {words}") from error
 
 
 def _check_format(path: Path, attributes: dict[str, Any]) -> None:
@@ -186,8 +258,34 @@ def _check_format(path: Path, attributes: dict[str, Any]) -> None:
         )
     if attributes.get("codec") not in CODECS:
         raise LayoutError(f"{path} has codec {attributes.get('codec')!r}, known are {CODECS}")
+    for name, kind in _ATTRIBUTES.items():
+        if not isinstance(attributes.get(name), kind):
+            found = repr(attributes[name]) if name in attributes else "missing"
+            raise LayoutError(f"{path}: the attribute {name!r} of / is {found}")
+
+
+def _structures(masks: h5py.Dataset) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
+    """Names in bit order, and pairs (inner, outer) of their places."""
+    attributes = _plain_attributes(masks)
+    structures: tuple[str, ...] = tuple(attributes["structures"])
+    if masks.dtype.kind != "u" or len(structures) > 8 * masks.dtype.itemsize:
+        raise ValueError(f"{len(structures)} structures in masks of type {masks.dtype}")
+    pairs = (pair.split(" inside ") for pair in attributes.get("nested", ()))
+    return structures, tuple(
+        (structures.index(inner), structures.index(outer)) for inner, outer in pairs
+    )
+
+
+def _plain_attributes(owner: h5py.HLObject) -> dict[str, Any]:
+    """Attributes as Python numbers, texts, bools or lists of them."""
+    return {
+        name: _plain(value) for name, value in owner.attrs.items() if name not in _SCALE_ATTRIBUTES
+    }
 
 
 def _plain(value: Any) -> Any:
-    """A Python number, text, bool or list in the place of a NumPy one."""
-    return value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
+    for text in plain if isinstance(plain, list) else (plain,):
+        if isinstance(text, str):
+            text.encode()  # h5py reads damaged text as surrogates, which nobody could print
+    return plain

@@ -7,8 +7,10 @@ an absolute path or the order in which workers finished.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
 from importlib.metadata import version
@@ -39,6 +41,8 @@ FORMAT_VERSION = 1
 PARTIAL_SUFFIX = ".partial"
 
 _COLUMN_CHUNK_ROWS = 16384
+# Chunks that one thread reads back at a time.
+_CHUNKS_PER_CHECK = 256
 
 INTENSITY_STATISTICS = ("minimum", "maximum", "mean", "standard_deviation")
 
@@ -223,17 +227,27 @@ def _as_conversion_error(path: Path) -> Iterator[None]:
 
 def _check_chunks(path: Path, sizes: Int64, crc32c: NDArray[np.uint32]) -> None:
     """Read every chunk back from the closed file and compare it with what the workers made."""
-    with h5py.File(path, "r") as file, path.open("rb") as raw:
-        for place, name in enumerate(("images", "masks")):
-            offsets, stored = chunk_index(file[name].id, sizes.shape[1])
-            found = checksums_of_file(raw.fileno(), offsets, stored)
-            wrong = np.flatnonzero((stored != sizes[place]) | (found != crc32c[place]))
-            if len(wrong):
-                k = wrong[0]
-                raise VerificationError(
-                    f"{path}: chunk {k} of /{name} has {stored[k]} bytes of checksum "
-                    f"{found[k]:08x}, {sizes[place, k]} of {crc32c[place, k]:08x} were written"
-                )
+    rows = sizes.shape[1]
+    with h5py.File(path, "r") as file:
+        index = [chunk_index(file[name].id, rows) for name in ("images", "masks")]
+    offsets, stored = np.stack([of for of, _ in index]), np.stack([size for _, size in index])
+    blocks = [slice(at, at + _CHUNKS_PER_CHECK) for at in range(0, rows, _CHUNKS_PER_CHECK)]
+    found = np.zeros_like(crc32c)
+    with path.open("rb") as raw, ThreadPoolExecutor(os.cpu_count()) as pool:
+
+        def read(place: int, block: slice) -> None:
+            here = offsets[place, block], stored[place, block]
+            found[place, block] = checksums_of_file(raw.fileno(), *here)
+
+        list(pool.map(read, *zip(*itertools.product((0, 1), blocks), strict=True)))
+    wrong = np.argwhere((stored != sizes) | (found != crc32c))
+    if len(wrong):
+        place, row = wrong[0].tolist()
+        raise VerificationError(
+            f"{path}: chunk {row} of /{('images', 'masks')[place]} has {stored[place, row]} bytes "
+            f"of checksum {found[place, row]:08x}, {sizes[place, row]} bytes of "
+            f"{crc32c[place, row]:08x} were written"
+        )
 
 
 def _create(path: Path) -> h5py.File:

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.checks import measure_intensity, measure_masks
+from parallel_dicomseg.checks import measure_intensity, measure_masks, raise_flags
 from parallel_dicomseg.errors import LayoutError
-from parallel_dicomseg.records import Progress
+from parallel_dicomseg.records import FLAGS, Checks, Int64, Progress
 from parallel_dicomseg.store.dataset import Dataset, open_dataset
+from parallel_dicomseg.store.table import Columns
 
 _SLICES_PER_BLOCK = 64
+# Of the decoded images of a block; every thread holds one.
+_BYTES_PER_BLOCK = 64 << 20
+
+# Flags that follow from other columns of the table. "several-components" needs the number of
+# outlines, of which the table knows only whether there is one: it can be refuted, not confirmed.
+_CONFIRMED_FLAGS = ("mask-too-large", "empty-mask", "not-an-ellipse", "inner-not-inside-outer")
+_REFUTED_FLAGS = ("several-components",)
+
+_SERIES_COLUMNS = ("patient_id", "first_slice", "slices")
+_REJECTED_COLUMNS = ("path", "reason", "detail", "rejection")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,74 +51,282 @@ class Verification:
 def verify_file(
     path: str | Path, *, progress: Callable[[Progress], None] | None = None
 ) -> Verification:
-    """Decode every chunk and compare the table's measurements with the pixels.
+    """Read everything in a file, and compare what is said twice.
+
+    Every chunk is compared with its checksum and decoded; area, components, nesting and intensity
+    are measured again; the columns that follow from others are computed again; /series,
+    /rejected and the views are compared with the table.
 
     Raises
     ------
     LayoutError
-        The file cannot be opened as one of ours.
+        The file cannot be opened as one of ours. Whatever else is wrong is a problem of the
+        result.
     """
     with open_dataset(path) as dataset:
-        problems = _check_shapes(dataset)
-        if not problems:
-            starts = range(0, len(dataset), _SLICES_PER_BLOCK)
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                blocks = pool.map(lambda start: _check_block(dataset, start), starts)
-                for start, found in zip(starts, blocks, strict=True):
-                    problems += found
-                    if progress:
-                        done = min(start + _SLICES_PER_BLOCK, len(dataset))
-                        progress(Progress("verify", done, len(dataset)))
+        table, problems = _read_table(dataset)
+        problems += _check_table(dataset, table)
+        problems += _check_series(dataset, table)
+        problems += _check_rejected(dataset)
+        problems += _check_views(dataset)
+        if dataset.masks.shape != dataset.images.shape:
+            problems.append(f"/masks is {dataset.masks.shape}, /images is {dataset.images.shape}")
+        else:
+            problems += _check_pixels(dataset, table, progress)
         return Verification(str(path), len(dataset), tuple(problems))
 
 
-def _check_shapes(dataset: Dataset) -> list[str]:
-    problems = []
-    if dataset.masks.shape != dataset.images.shape:
-        problems.append(f"/masks is {dataset.masks.shape}, /images is {dataset.images.shape}")
-    size = dataset.path.stat().st_size
-    for array in (dataset.images, dataset.masks):
-        problems += [f"{array.name}[{row}] is missing" for row in np.flatnonzero(array.sizes == 0)]
-        beyond = np.flatnonzero(array.offsets + array.sizes > size)
-        problems += [f"{array.name}[{row}] lies beyond the end of the file" for row in beyond]
-    for name in dataset.columns():
-        rows = len(dataset.column(name))
-        if rows != len(dataset):
+# --- what is said about the slices ---------------------------------------------------------------
+
+
+def _expected_columns(dataset: Dataset) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Kind of type and shape of the columns that are compared with others or with the pixels."""
+    slices, structures = len(dataset), len(dataset.structures)
+    return {
+        "series_index": ("i", (slices,)),
+        "pixel_spacing": ("f", (slices, 2)),
+        "annotated": ("b", (slices,)),
+        "structure_annotated": ("b", (slices, structures)),
+        "area": ("i", (slices, structures)),
+        "area_mm2": ("f", (slices, structures)),
+        "components": ("i", (slices, structures)),
+        "outside": ("i", (slices, len(dataset.nested))),
+        "ellipse_residual": ("f", (slices, structures)),
+        "intensity": ("f", (slices, 4)),
+        "flags": ("u", (slices,)),
+    }
+
+
+def _read_table(dataset: Dataset) -> tuple[Columns, list[str]]:
+    """The columns that are what they should be, and what is wrong with the others."""
+    expected = _expected_columns(dataset)
+    required = [name for name, (_, shape) in expected.items() if 0 not in shape]
+    found, problems = _read_columns(dataset, "table", required)
+    table = {name: np.empty(shape, kind) for name, (kind, shape) in expected.items() if 0 in shape}
+    checksum = ("u", (len(dataset),))
+    expected |= {"image_crc32c": checksum, "mask_crc32c": checksum}
+    for name, column in found.items():
+        shape = (len(dataset), *column.shape[1:])
+        wanted = expected.get(name, (column.dtype.kind, shape))
+        if column.shape[:1] != shape[:1]:
+            rows = len(column) if column.ndim else "no"
             problems.append(f"/table/{name} has {rows} rows, /images has {len(dataset)}")
+        elif (column.dtype.kind, column.shape) != wanted:
+            problems.append(
+                f"/table/{name} is {column.dtype} {column.shape}, "
+                f"it should be of kind {wanted[0]!r} {wanted[1]}"
+            )
+        else:
+            table[name] = column
+    return table, problems
+
+
+def _read_columns(
+    dataset: Dataset, group: str, required: Iterable[str]
+) -> tuple[Columns, list[str]]:
+    """All columns of a group that can be read, and why others cannot."""
+    columns: Columns = {}
+    problems: list[str] = []
+    with _noting(problems):
+        for name in dict.fromkeys((*dataset.columns(group), *required)):
+            with _noting(problems):
+                columns[name] = dataset.column(name, group)
+    return columns, problems
+
+
+@contextmanager
+def _noting(problems: list[str]) -> Iterator[None]:
+    try:
+        yield
+    except LayoutError as error:
+        problems.append(str(error))
+
+
+def _check_table(dataset: Dataset, table: Columns) -> list[str]:
+    """Compare the columns that follow from others with what follows."""
+    if not _expected_columns(dataset).keys() <= table.keys():
+        return []
+    pixel_area = table["pixel_spacing"].prod(axis=1, keepdims=True)
+    derived = {
+        "annotated": table["structure_annotated"].any(axis=1),
+        "area_mm2": table["area"] * pixel_area,
+    }
+    rows = np.arange(len(dataset))
+    return _differences(table, rows, derived, "the table gives") + _check_flags(dataset, table)
+
+
+def _check_flags(dataset: Dataset, table: Columns) -> list[str]:
+    _, rows, columns = dataset.shape
+    derived = raise_flags(
+        area=table["area"],
+        components=table["components"],
+        outside=table["outside"],
+        ellipse_residual=table["ellipse_residual"],
+        ring_count=table["structure_annotated"].astype(np.int32),
+        nested=dataset.nested,
+        pixels=rows * columns,
+        longer_than_header=np.zeros(len(dataset), np.bool_),
+        checks=Checks(**{f.name: dataset.attributes[f"check_{f.name}"] for f in fields(Checks)}),
+    ).astype(np.int64)
+    stored = table["flags"].astype(np.int64)
+    impossible = _bits(_REFUTED_FLAGS) | ~_bits(FLAGS)
+    wrong = ((stored ^ derived) & _bits(_CONFIRMED_FLAGS)) | (stored & ~derived & impossible)
+    return [
+        f"/table/flags[{row}] is {stored[row]:#x}, the table contradicts {_names(wrong[row])}"
+        for row in np.flatnonzero(wrong)
+    ]
+
+
+def _bits(flags: Iterable[str]) -> int:
+    return sum(1 << FLAGS.index(name) for name in flags)
+
+
+def _names(bits: np.int64) -> str:
+    return ", ".join(
+        FLAGS[bit] if bit < len(FLAGS) else f"bit {bit}" for bit in range(63) if bits >> bit & 1
+    )
+
+
+def _differences(table: Columns, rows: Int64, truth: Columns, source: str) -> list[str]:
+    """A sentence for each of `rows` where a column of the table is not what `source` gives."""
+    problems = []
+    for name, values in truth.items():
+        stored = table[name][rows]
+        same = (values == stored) | (np.isnan(values) & np.isnan(stored))
+        wrong = np.flatnonzero(~same.all(axis=tuple(range(1, same.ndim))))
+        problems += [
+            f"/table/{name}[{rows[k]}] is {stored[k].tolist()}, {source} {values[k].tolist()}"
+            for k in wrong
+        ]
     return problems
 
 
-def _check_block(dataset: Dataset, start: int) -> list[str]:
-    rows = range(start, min(start + _SLICES_PER_BLOCK, len(dataset)))
-    images = np.zeros((len(rows), *dataset.shape[1:]), dataset.image_dtype)
-    masks = np.zeros((len(rows), *dataset.shape[1:]), dataset.mask_dtype)
-    problems = []
-    for k, row in enumerate(rows):
-        try:
-            dataset.images.read_into(row, images[k])
-            dataset.masks.read_into(row, masks[k])
-        except LayoutError as error:
-            problems.append(str(error))
-    return problems or _check_measurements(dataset, rows, images, masks)
+# --- what stands beside the table ----------------------------------------------------------------
+
+
+def _check_series(dataset: Dataset, table: Columns) -> list[str]:
+    """The series lie one after another, cover all slices, and are those of the table."""
+    series, problems = _read_columns(dataset, "series", _SERIES_COLUMNS)
+    problems += _check_lengths("series", series)
+    if problems:
+        return problems
+    first, slices = series["first_slice"], series["slices"]
+    if first.dtype.kind != "i" or slices.dtype.kind != "i":
+        return [f"/series/first_slice and slices are {first.dtype} and {slices.dtype}"]
+    end = np.cumsum(slices)
+    if (slices < 1).any() or (first != end - slices).any() or end[-1:].tolist() != [len(dataset)]:
+        return [f"/series does not cover slices 0 to {len(dataset) - 1} in order"]
+    if "series_index" in table:
+        index = np.repeat(np.arange(len(first)), slices)
+        truth = {"series_index": index}
+        problems += _differences(table, np.arange(len(index)), truth, "/series gives")
+    return problems + [
+        f"/series/{name}[{row}] is not that of slice {first[row]}"
+        for name in series.keys() & table.keys()
+        for row in np.flatnonzero(series[name] != table[name][first])
+    ]
+
+
+def _check_rejected(dataset: Dataset) -> list[str]:
+    rejected, problems = _read_columns(dataset, "rejected", _REJECTED_COLUMNS)
+    problems += _check_lengths("rejected", rejected)
+    if problems:
+        return problems
+    with _noting(problems):
+        flags = zip(dataset.rejected, rejected["rejection"].tolist(), strict=True)
+        problems += [
+            f"/rejected/rejection[{row}] is {flag}, the reason is {problem.reason}"
+            for row, (problem, flag) in enumerate(flags)
+            if flag != problem.is_rejection
+        ]
+    return problems
+
+
+def _check_lengths(group: str, columns: Columns) -> list[str]:
+    shapes = {column.shape for column in columns.values()}
+    if len(shapes) <= 1 and all(len(shape) == 1 for shape in shapes):
+        return []
+    sizes = ", ".join(f"{name} {column.shape}" for name, column in columns.items())
+    return [f"/{group} has columns of different lengths: {sizes}"]
+
+
+def _check_views(dataset: Dataset) -> list[str]:
+    problems: list[str] = []
+    slices, rows, columns = dataset.shape
+    for name, source in (("input", dataset.images.name), ("output", dataset.masks.name)):
+        with _noting(problems):
+            shape, shown = dataset.view(name)
+            lshape = dataset.attributes_of(name).get("lshape")
+            wanted = (slices, rows * columns), source, [rows, columns, 1]
+            if (shape, shown, lshape) != wanted:
+                problems.append(
+                    f"/{name} is {shape} of {shown} with lshape {lshape}, "
+                    f"it should be {wanted[0]} of {wanted[1]} with lshape {wanted[2]}"
+                )
+    return problems
+
+
+# --- the pixels ----------------------------------------------------------------------------------
+
+
+def _check_pixels(
+    dataset: Dataset, table: Columns, progress: Callable[[Progress], None] | None
+) -> list[str]:
+    _, rows, columns = dataset.shape
+    slice_bytes = rows * columns * dataset.image_dtype.itemsize
+    step = max(1, min(_SLICES_PER_BLOCK, _BYTES_PER_BLOCK // max(1, slice_bytes)))
+    starts = range(0, len(dataset), step)
+    problems: list[str] = []
+    # The threads see pread and arrays; h5py is not to be shared among them.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        blocks = pool.map(lambda start: _check_block(dataset, table, start, step), starts)
+        for start, found in zip(starts, blocks, strict=True):
+            problems += found
+            if progress:
+                progress(Progress("verify", min(start + step, len(dataset)), len(dataset)))
+    return problems
+
+
+def _check_block(dataset: Dataset, table: Columns, start: int, step: int) -> list[str]:
+    rows = range(start, min(start + step, len(dataset)))
+    images = np.empty((len(rows), *dataset.shape[1:]), dataset.image_dtype)
+    masks = np.empty((len(rows), *dataset.shape[1:]), dataset.mask_dtype)
+    sound: list[int] = []
+    problems: list[str] = []
+    for row in rows:
+        found: list[str] = []
+        for array, name, out in (
+            (dataset.images, "image_crc32c", images),
+            (dataset.masks, "mask_crc32c", masks),
+        ):
+            with _noting(found):
+                checksum = int(table[name][row]) if name in table else None
+                array.read_into(row, out[len(sound)], checksum)
+        problems += found
+        if not found:
+            sound.append(row)
+    index = np.array(sound, np.int64)
+    return problems + _check_measurements(
+        dataset, table, index, images[: len(index)], masks[: len(index)]
+    )
 
 
 def _check_measurements(
-    dataset: Dataset, rows: range, images: NDArray[Any], masks: NDArray[Any]
+    dataset: Dataset, table: Columns, rows: Int64, images: NDArray[Any], masks: NDArray[Any]
 ) -> list[str]:
-    here = slice(rows.start, rows.stop)
-    annotated = dataset.column("structure_annotated")[here]
-    area, _, _ = measure_masks(masks, annotated, dataset.nested)
-    measured = {"area": area, "intensity": measure_intensity(images)}
-    problems = []
-    for name, values in measured.items():
-        stored = dataset.column(name)[here]
-        same = (values == stored) | (np.isnan(values) & np.isnan(stored))
-        problems += [
-            f"/table/{name}[{rows[k]}] is {stored[k].tolist()}, the pixels give "
-            f"{values[k].tolist()}"
-            for k in np.flatnonzero(~same.all(axis=1))
-        ]
+    """Compare the pixels of the slices `rows` with the table, as far as it can be relied on."""
     used = sum(1 << bit for bit in range(len(dataset.structures)))
     stray = (masks & ~masks.dtype.type(used)).any(axis=(1, 2))
-    problems += [f"/masks[{rows[k]}] has bits beyond its structures" for k in np.flatnonzero(stray)]
-    return problems
+    problems = [f"/masks[{row}] has bits beyond its structures" for row in rows[stray]]
+    if not _expected_columns(dataset).keys() <= table.keys():
+        return problems
+    area, components, outside = measure_masks(
+        masks, table["structure_annotated"][rows], dataset.nested
+    )
+    measured: Columns = {
+        "area": area,
+        "components": components,
+        "outside": outside,
+        "intensity": measure_intensity(images),
+    }
+    return _differences(table, rows, measured, "the pixels give") + problems
