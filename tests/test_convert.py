@@ -22,7 +22,12 @@ from parallel_dicomseg import (
     verify_file,
 )
 from parallel_dicomseg.convert import encode_chunk
-from parallel_dicomseg.errors import ConfigurationError, ConversionError, LayoutError
+from parallel_dicomseg.errors import (
+    ConfigurationError,
+    ConversionError,
+    LayoutError,
+    VerificationError,
+)
 from parallel_dicomseg.plan import make_plan, tasks
 from parallel_dicomseg.rasterize import rasterize_contours
 from parallel_dicomseg.records import FLAGS, Progress, Reason
@@ -421,3 +426,77 @@ def test_pydicom_alone_gives_the_very_same_file(original, tmp_path, monkeypatch)
     convert(original[0], tmp_path / "slow.h5")
 
     assert (tmp_path / "slow.h5").read_bytes() == (tmp_path / "fast.h5").read_bytes()
+
+
+def encoded(cohort):
+    """The plan of a cohort and all its chunks."""
+    plan = make_plan(cohort, ConvertOptions(slices_per_task=5), 1)
+    return plan, [encode_chunk(task) for task in tasks(plan)]
+
+
+def test_a_second_run_on_the_same_output_is_refused_and_harms_nothing(original, tmp_path):
+    """The first run's partial file is not touched; its result is whole, its lock is gone."""
+    cohort = scan_cohort(original[0])
+    plan, chunks = encoded(cohort)
+    with Hdf5Writer(tmp_path / "x.h5", plan.layout, plan.cohort.slices) as writer:
+        writer.put(chunks[0])
+        with pytest.raises(ConversionError, match=r"x\.h5 is being written by another run"):
+            convert_cohort(cohort, tmp_path / "x.h5")
+        for chunk in chunks[1:]:
+            writer.put(chunk)
+        writer.publish(())
+
+    assert verify_file(tmp_path / "x.h5").is_sound
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]
+
+
+def test_an_output_that_appears_meanwhile_is_left_alone(original, tmp_path):
+    """Without overwrite nothing that somebody else made is replaced, even at the last moment."""
+    plan, chunks = encoded(scan_cohort(original[0]))
+    with Hdf5Writer(tmp_path / "x.h5", plan.layout, plan.cohort.slices) as writer:
+        for chunk in chunks:
+            writer.put(chunk)
+        (tmp_path / "x.h5").write_text("precious")
+        with pytest.raises(ConversionError, match="has appeared meanwhile"):
+            writer.publish(())
+
+    assert (tmp_path / "x.h5").read_text() == "precious"
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]
+
+
+def test_bytes_that_are_not_the_workers_never_get_the_final_name(original, tmp_path):
+    """Every chunk is read back before the rename and compared with the worker's checksum."""
+    plan, chunks = encoded(scan_cohort(original[0]))
+    chunks[1] = replace(chunks[1], mask_crc32c=chunks[1].mask_crc32c ^ np.uint32(1))
+    with Hdf5Writer(tmp_path / "x.h5", plan.layout, plan.cohort.slices) as writer:
+        for chunk in chunks:
+            writer.put(chunk)
+        with pytest.raises(VerificationError, match=r"chunk 5 of /masks has .* were written"):
+            writer.publish(())
+
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mirror_that_cannot_be_is_refused_before_the_work(original, tmp_path):
+    """Its parent must exist, it must not be the output, and nothing foreign is replaced."""
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "zarr.json").write_text('{"attributes": {}}')
+    for mirror, words in (
+        ("missing/x.zarr", "no such directory for the mirror"),
+        ("x.h5", "cannot be the output and its mirror"),
+        ("foreign", "is no mirror made by parallel_dicomseg"),
+    ):
+        with pytest.raises(ConfigurationError, match=words):
+            convert(original[0], tmp_path / "x.h5", zarr=str(tmp_path / mirror), overwrite=True)
+    assert not (tmp_path / "x.h5").exists()
+
+
+def test_a_cohort_without_outlines_makes_a_file_that_verifies(cohort_directory, tmp_path):
+    """All images unannotated, no structure at all: still a file that opens and is sound."""
+    shutil.rmtree(cohort_directory / "contourfiles")
+    (cohort_directory / "contourfiles").mkdir()
+
+    summary = convert(cohort_directory, tmp_path / "x.h5", include_unannotated=True)
+
+    assert (summary.slices, summary.structures, summary.annotated) == (12, (), ())
+    assert verify_file(tmp_path / "x.h5").is_sound

@@ -330,6 +330,34 @@ def test_verify_does_without_checksums(copy):
     assert "/masks[3]: the chunk" in problem
 
 
+def test_a_frame_that_claims_an_absurd_size_is_a_problem(files, tmp_path):
+    """Without checksums the length in a blosc header is believed at first."""
+    path = shutil.copy(files["lz4"], tmp_path / "x.h5")
+    with h5py.File(path, "r+") as file:
+        del file["table/image_crc32c"], file["table/mask_crc32c"]
+    with open_dataset(path) as dataset:
+        offset = int(dataset.images.offsets[4])
+    with open(path, "r+b") as file:
+        file.seek(offset + 4)
+        file.write(b"\xf0\xff\xff\xff")
+
+    (problem,) = verify_file(path).problems
+
+    assert "/images[4]: " in problem
+
+
+def test_text_of_fixed_length_is_text(copy):
+    """As attributes that other programs wrote may be."""
+    with h5py.File(copy, "r+") as file:
+        file.attrs["rule"] = np.bytes_("center")
+        file["masks"].attrs["structures"] = np.array(["i", "o"], "S")
+
+    with open_dataset(copy) as dataset:
+        assert dataset.attributes["rule"] == "center"
+        assert dataset.structures == ("i", "o")
+    assert verify_file(copy).is_sound
+
+
 def test_verify_finds_missing_rows(copy):
     """A column of another length, of another type, and none at all."""
     with h5py.File(copy, "r+") as file:

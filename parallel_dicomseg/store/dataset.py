@@ -94,7 +94,7 @@ class ChunkedArray:
             )
         try:
             decode(chunk, self._codec, out)
-        except (ValueError, MemoryError) as error:
+        except (ValueError, MemoryError, SystemError) as error:  # the last two from blosc
             raise LayoutError(f"{where}: {error}") from error
 
 
@@ -278,14 +278,19 @@ def _structures(masks: h5py.Dataset) -> tuple[tuple[str, ...], tuple[tuple[int, 
 
 def _plain_attributes(owner: h5py.HLObject) -> dict[str, Any]:
     """Attributes as Python numbers, texts, bools or lists of them."""
-    return {
-        name: _plain(value) for name, value in owner.attrs.items() if name not in _SCALE_ATTRIBUTES
-    }
+    names = [name for name in owner.attrs if name not in _SCALE_ATTRIBUTES]
+    return {name: _plain(owner.attrs[name]) for name in names}
 
 
 def _plain(value: Any) -> Any:
     plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    for text in plain if isinstance(plain, list) else (plain,):
-        if isinstance(text, str):
-            text.encode()  # h5py reads damaged text as surrogates, which nobody could print
-    return plain
+    return [_text(item) for item in plain] if isinstance(plain, list) else _text(plain)
+
+
+def _text(value: Any) -> Any:
+    """Text of fixed length as str; damaged text, which h5py reads as surrogates, is refused."""
+    if isinstance(value, bytes):
+        return value.decode()
+    if isinstance(value, str):
+        value.encode()
+    return value
