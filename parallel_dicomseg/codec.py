@@ -227,6 +227,10 @@ def decode(chunk: bytes | UInt8, codec: str, out: NDArray[Any]) -> None:
         else:
             unshuffle_bytes(plain, raw.view(f"<u{out.dtype.itemsize}"))
     else:
+        # a blosc frame says how long it is and what it becomes; the library believes it
+        claims = np.frombuffer(chunk, "<u4", 4).tolist() if len(chunk) >= 16 else [0] * 4
+        if (claims[1], claims[3]) != (len(raw), len(chunk)):
+            raise ValueError(f"the chunk is no blosc frame of {len(raw)} bytes")
         try:
             _copy(np.frombuffer(numcodecs.blosc.decompress(chunk), np.uint8), raw)
         except RuntimeError as error:
