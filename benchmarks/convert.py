@@ -23,11 +23,13 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from printing import Emit, emitter
 
 from parallel_dicomseg import ConvertOptions, ScanOptions, convert_cohort, scan_cohort, warm_up
 
@@ -37,8 +39,6 @@ MEMORY_FILE_SYSTEM = Path("/dev/shm")
 #: Bytes that one slice of the cohort takes, and one row of the largest output; 256 x 256.
 INPUT_BYTES, OUTPUT_BYTES = 150_000, 200_000
 MEMORY_GOAL_MIB = 500
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -294,26 +294,6 @@ _COLUMNS = {
 }
 
 
-class Table:
-    """Prints figures as they come, with a heading where another kind begins."""
-
-    def __init__(self) -> None:
-        self._kind = ""
-
-    def __call__(self, figures: dict[str, Any]) -> None:
-        """Print one line."""
-        columns = _COLUMNS[figures["measures"]]
-        if figures["measures"] != self._kind:
-            self._kind = figures["measures"]
-            print(f"\n{self._kind:38}" + "".join(f"{title:>19}" for title, _ in columns))
-        values = (text.format(**figures) for _, text in columns)
-        print(f"{figures['case']:38}" + "".join(f"{value:>19}" for value in values), flush=True)
-
-
-def print_json(figures: dict[str, Any]) -> None:
-    print(json.dumps({"benchmark": "convert", "cpus": os.cpu_count(), **figures}), flush=True)
-
-
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -336,7 +316,7 @@ def main() -> None:
     if arguments.child:
         run_child(*arguments.child)
         return
-    emit: Emit = print_json if arguments.json else Table()
+    emit = emitter("convert", _COLUMNS, as_json=arguments.json, name_width=38, width=19)
     quick, rounds = arguments.quick, 1 if arguments.quick else arguments.rounds
     if arguments.memory or quick:
         with cohorts(arguments.directory, (100, 200) if quick else (1000, 20000)) as roots:

@@ -41,6 +41,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from printing import Emit, emitter
 
 from parallel_dicomseg.rasterize import rasterize_batch, rasterize_contours
 from parallel_dicomseg.records import Contours
@@ -51,7 +52,6 @@ STACK_BYTES = 2**20
 #: A contestant's turn lasts at least this long, so that the clock's resolution does not matter.
 TURN_SECONDS = 2e-3
 
-Emit = Callable[[dict[str, Any]], None]
 Outline = NDArray[np.float64]
 
 
@@ -349,44 +349,22 @@ def _started(name: str, runs: Sequence[dict[str, float]]) -> dict[str, Any]:
 
 _COLUMNS = {
     "drawing": (
-        ("batch us", "batch_us", "{:.2f}"),
-        ("single us", "single_us", "{:.2f}"),
-        ("cv2/batch", "cv2_over_batch", "{:.2f}"),
-        ("cv2/single", "cv2_over_single", "{:.2f}"),
-        ("Pillow/batch", "pillow_over_batch", "{:.1f}"),
-        ("Pillow/single", "pillow_over_single", "{:.1f}"),
-        ("skimage/batch", "skimage_over_batch", "{:.0f}"),
-        ("mpl/batch", "matplotlib_over_batch", "{:.0f}"),
-        ("drawing/memset", "drawing_over_memset", "{:.2f}"),
+        ("batch us", "{batch_us:.2f}"),
+        ("single us", "{single_us:.2f}"),
+        ("cv2/batch", "{cv2_over_batch:.2f}"),
+        ("cv2/single", "{cv2_over_single:.2f}"),
+        ("Pillow/batch", "{pillow_over_batch:.1f}"),
+        ("Pillow/single", "{pillow_over_single:.1f}"),
+        ("skimage/batch", "{skimage_over_batch:.0f}"),
+        ("mpl/batch", "{matplotlib_over_batch:.0f}"),
+        ("drawing/memset", "{drawing_over_memset:.2f}"),
     ),
     "first mask": (
-        ("import s", "import_seconds", "{:.2f}"),
-        ("center s", "center_seconds", "{:.2f}"),
-        ("pil s", "pil_seconds", "{:.2f}"),
+        ("import s", "{import_seconds:.2f}"),
+        ("center s", "{center_seconds:.2f}"),
+        ("pil s", "{pil_seconds:.2f}"),
     ),
 }
-
-
-class Table:
-    """Prints figures as they come, with a heading where another kind begins."""
-
-    def __init__(self) -> None:
-        self._kind = ""
-
-    def __call__(self, figures: dict[str, Any]) -> None:
-        """Print one line."""
-        columns = _COLUMNS[figures["measures"]]
-        if figures["measures"] != self._kind:
-            self._kind = figures["measures"]
-            print(f"\n{self._kind:32}" + "".join(f"{title:>15}" for title, _, _ in columns))
-        values = (
-            "-" if (v := figures[key]) is None else text.format(v) for _, key, text in columns
-        )
-        print(f"{figures['case']:32}" + "".join(f"{value:>15}" for value in values), flush=True)
-
-
-def print_json(figures: dict[str, Any]) -> None:
-    print(json.dumps({"benchmark": "rasterize", "cpus": os.cpu_count(), **figures}), flush=True)
 
 
 def parse() -> argparse.Namespace:
@@ -401,7 +379,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> None:
     arguments = parse()
-    emit: Emit = print_json if arguments.json else Table()
+    emit = emitter("rasterize", _COLUMNS, as_json=arguments.json, name_width=32, width=15)
     rounds, peers = 1 if arguments.quick else arguments.rounds, installed()
     for case in cases(quick=arguments.quick):
         emit(compared(case, measure(case, peers, rounds)))
