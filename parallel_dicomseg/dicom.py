@@ -138,6 +138,7 @@ _LONG_VR = np.zeros(65536, np.uint8)
 for _name in ("OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV"):
     _LONG_VR[ord(_name[0]) | ord(_name[1]) << 8] = 1
 
+
 @kernel
 def _u2(raw: UInt8, at: int) -> int:
     return int(np.int64(raw[at]) | np.int64(raw[at + 1]) << 8)
