@@ -198,7 +198,10 @@ def checksums_of_file(descriptor: int, offsets: Int64, sizes: Int64) -> NDArray[
 
 @kernel
 def _read_checksums(descriptor: int, offsets: Int64, sizes: Int64, out: NDArray[np.uint32]) -> None:
-    room = np.empty(max(sizes.max(), 1), np.uint8) if len(sizes) else np.empty(1, np.uint8)
+    longest = 1
+    for size in sizes:
+        longest = max(longest, int(size))
+    room = np.empty(longest, np.uint8)
     for i in range(len(sizes)):
         held = read_at(descriptor, room, sizes[i], offsets[i])
         out[i] = crc32c_of(room, 0, max(held, 0))

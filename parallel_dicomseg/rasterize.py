@@ -642,7 +642,7 @@ def _pil_ring(
     if outline.shape[0] < 2 or canvas.size == 0:
         return
     x, y = _pil_vertices(outline[:, 0]), _pil_vertices(outline[:, 1])
-    top, bottom = max(y.min(), 0), min(max(y.max(), 0), canvas.shape[0])
+    top, bottom = max(int(y.min()), 0), min(max(int(y.max()), 0), canvas.shape[0])
     _pil_fill(x, y, canvas, top, bottom)
     if erode:
         _pil_erase(x, y, canvas)
