@@ -96,7 +96,8 @@ class Processes:
     def address(self) -> str:
         """The address in the scheduler's file, when it has been written."""
         file = self.folder / "scheduler.json"
-        self.wait_for("scheduler file", file.is_file)
+        # it is there before it is written
+        self.wait_for("scheduler file", lambda: file.is_file() and file.stat().st_size > 0)
         address: str = json.loads(file.read_text())["address"]
         return address
 
