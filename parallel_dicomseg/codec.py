@@ -115,7 +115,10 @@ def unshuffle_bytes(planes: UInt8, elements: NDArray[Any]) -> None:
 
 
 def encode(
-    arrays: NDArray[Any], codec: str, keep: NDArray[np.bool_] | None = None
+    arrays: NDArray[Any],
+    codec: str,
+    keep: NDArray[np.bool_] | None = None,
+    room: UInt8 | None = None,
 ) -> tuple[UInt8, Int64]:
     """Encode n chunks, without the GIL where the compressors can be called from compiled code.
 
@@ -127,6 +130,9 @@ def encode(
         One of CODECS.
     keep
         (n,) chunks to encode; the others have size 0. All by default.
+    room
+        `room_for(n, bytes of a chunk)` bytes to encode into before what is used of them is copied:
+        memory that is used again costs less than that copy.
 
     Returns
     -------
@@ -138,7 +144,9 @@ def encode(
     keep = np.ones(len(rows), bool) if keep is None else keep
     if codec == "none":
         return rows[keep].view(np.uint8).reshape(-1), keep * np.int64(rows.shape[1] * itemsize)
-    out = np.empty(room_for(int(keep.sum()), rows.shape[1] * itemsize), np.uint8)
+    out = (
+        np.empty(room_for(len(rows), rows.shape[1] * itemsize), np.uint8) if room is None else room
+    )
     sizes = np.zeros(len(rows), np.int64)
     if codec == "deflate" and HAS_ISAL:
         used = deflate_rows(rows, keep, DEFLATE_LEVEL, out, sizes)
@@ -150,7 +158,7 @@ def encode(
         return encode_one_by_one(rows, codec, keep)
     if used < 0:
         raise MemoryError(f"the compressor of codec {codec} failed")
-    return out[:used], sizes
+    return (out[:used] if room is None else out[:used].copy()), sizes
 
 
 def encode_one_by_one(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.checks import measure
 from parallel_dicomseg.codec import checksums, encode
+from parallel_dicomseg.compressors import room_for
 from parallel_dicomseg.dicom import read_images
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.plan import Plan, make_plan, tasks
@@ -92,8 +93,8 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
     )
     if not layout.include_unannotated:
         good &= measured.annotated.any(axis=1)
-    image_bytes, image_sizes = encode(images, layout.codec, good)
-    mask_bytes, mask_sizes = encode(masks, layout.codec, good)
+    image_bytes, image_sizes = encode(images, layout.codec, good, _room("image room", images))
+    mask_bytes, mask_sizes = encode(masks, layout.codec, good, _room("mask room", masks))
     return EncodedChunk(
         first=task.first,
         image_bytes=image_bytes,
@@ -105,6 +106,11 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
         measured=measured,
         problems=(*problems, *bad_contours),
     )
+
+
+def _room(name: str, arrays: NDArray[Any]) -> NDArray[np.uint8]:
+    """What `encode` needs for these arrays, used again by the thread's next task."""
+    return _scratch.array(name, (room_for(len(arrays), arrays[0].nbytes),), "|u1")
 
 
 def read_contours(task: ChunkTask) -> tuple[Contours, NDArray[np.uint64], list[Problem]]:
