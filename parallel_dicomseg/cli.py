@@ -193,7 +193,7 @@ def main() -> None:
     epilog="""\b
 Example:
   parallel-dicomseg demo
-  parallel-dicomseg demo /tmp/somewhere"""
+  parallel-dicomseg demo somewhere"""
 )
 @click.argument("directory", default="parallel_dicomseg_demo", type=click.Path())
 @json_option

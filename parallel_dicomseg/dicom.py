@@ -12,6 +12,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -554,27 +555,41 @@ def _find_problems(
     columns: dict[str, Any], paths: Sequence[str], problems: dict[int, Problem]
 ) -> None:
     """Add a Problem for every row whose header rules out decoding (guards of PS3.3 C.7.6.3)."""
-    native = np.isin(columns["transfer_syntax_uid"], _NATIVE) & (columns["pixel_offset"] >= 0)
-    columns["pixel_offset"] = np.where(native, columns["pixel_offset"], -1)
-    pixel_count = columns["rows"].astype(np.int64) * columns["columns"]
-    bits = columns["bits_allocated"].astype(np.int64)
-    expected = (pixel_count * columns["samples_per_pixel"] * bits + 7) // 8
-    frames = columns["number_of_frames"]
 
     def add(wrong: NDArray[np.bool_], reason: Reason, text: Any) -> None:
         for i in np.flatnonzero(wrong).tolist():
             problems.setdefault(i, Problem(paths[i], reason, text(i)))
 
+    _find_missing_tags(columns, add)
+    _find_unsupported_kinds(columns, add)
+    _find_impossible_bits(columns, add)
+    _find_short_pixels(columns, add)
+    _find_scale_problems(columns, add)
+
+
+_Add = Callable[[NDArray[np.bool_], Reason, Callable[[int], str]], None]
+"""Takes which rows are wrong, why, and the words for a row."""
+
+
+def _missing(label: str, column: NDArray[Any], i: int) -> str:
+    return f"{label} is missing or malformed" if column[i] < 0 else f"{label} is 0"
+
+
+def _find_missing_tags(columns: dict[str, Any], add: _Add) -> None:
+    """Reject what has no size or depth."""
     for name, (tag, absent) in _SHORT_TAGS.items():
         if absent is None:
             label = _KEYWORDS[tag]
             add(
                 columns[name] <= 0,
                 Reason.MISSING_TAG,
-                lambda i, name=name, label=label: (
-                    f"{label} is missing or malformed" if columns[name][i] < 0 else f"{label} is 0"
-                ),
+                partial(_missing, label, columns[name]),
             )
+
+
+def _find_unsupported_kinds(columns: dict[str, Any], add: _Add) -> None:
+    """Reject several frames or samples, colour, and lookup tables."""
+    frames = columns["number_of_frames"]
     add(
         frames != 1,
         Reason.UNSUPPORTED_PIXELS,
@@ -599,6 +614,10 @@ def _find_problems(
         Reason.UNSUPPORTED_PIXELS,
         lambda i: f"(0028,0002) Samples per Pixel is {samples[i]}, 1 is supported",
     )
+
+
+def _find_impossible_bits(columns: dict[str, Any], add: _Add) -> None:
+    """Reject bits that are not where they are usual, or cannot be."""
     add(
         columns["bits_stored"] > columns["bits_allocated"],
         Reason.UNSUPPORTED_PIXELS,
@@ -622,6 +641,15 @@ def _find_problems(
         Reason.UNSUPPORTED_PIXELS,
         lambda i: f"(0028,0103) Pixel Representation is {representation[i]}, it can be 0 or 1",
     )
+
+
+def _find_short_pixels(columns: dict[str, Any], add: _Add) -> None:
+    """Reject native pixels that end too early; others have no offset from here on."""
+    native = np.isin(columns["transfer_syntax_uid"], _NATIVE) & (columns["pixel_offset"] >= 0)
+    columns["pixel_offset"] = np.where(native, columns["pixel_offset"], -1)
+    bits = columns["bits_allocated"].astype(np.int64)
+    pixels = columns["rows"].astype(np.int64) * columns["columns"] * columns["samples_per_pixel"]
+    expected = (pixels * bits + 7) // 8
     held = np.minimum(columns["pixel_length"], columns["file_size"] - columns["pixel_offset"])
     held = np.maximum(held, 0)
     add(
@@ -632,10 +660,13 @@ def _find_problems(
             f"{columns['rows'][i]} x {columns['columns'][i]} x {bits[i]} need {expected[i]}"
         ),
     )
-    _find_scale_problems(columns, add)
 
 
-def _find_scale_problems(columns: dict[str, Any], add: Callable[..., None]) -> None:
+def _always(text: str, _: int) -> str:
+    return text
+
+
+def _find_scale_problems(columns: dict[str, Any], add: _Add) -> None:
     """Reject slopes and intercepts that are no numbers, or make numbers that nothing holds."""
     slope, intercept = columns["rescale_slope"], columns["rescale_intercept"]
     for label, column in (
@@ -643,7 +674,7 @@ def _find_scale_problems(columns: dict[str, Any], add: Callable[..., None]) -> N
         ("(0028,1053) Rescale Slope", slope),
     ):
         text = f"{label} is no finite number"
-        add(~np.isfinite(column), Reason.UNSUPPORTED_PIXELS, lambda _, text=text: text)
+        add(~np.isfinite(column), Reason.UNSUPPORTED_PIXELS, partial(_always, text))
     add(slope == 0, Reason.UNSUPPORTED_PIXELS, lambda _: "(0028,1053) Rescale Slope is 0")
     with np.errstate(over="ignore", invalid="ignore"):
         largest = np.exp2(columns["bits_stored"].astype(float)) * np.abs(slope) + np.abs(intercept)
