@@ -233,9 +233,8 @@ def decode(chunk: bytes | UInt8, codec: str, out: NDArray[Any]) -> None:
             raise ValueError(f"the chunk is no deflate stream: {error}") from error
         if out.dtype.itemsize == 1:
             _copy(plain, raw)
-        elif len(plain) != len(raw):
-            raise ValueError(f"the chunk decodes to {len(plain)} bytes, not {len(raw)}")
         else:
+            _check_length(plain, raw)
             unshuffle_bytes(plain, raw.view(f"<u{out.dtype.itemsize}"))
     else:
         # a blosc frame says how long it is and what it becomes; the library believes it
@@ -249,6 +248,10 @@ def decode(chunk: bytes | UInt8, codec: str, out: NDArray[Any]) -> None:
 
 
 def _copy(plain: UInt8, raw: UInt8) -> None:
+    _check_length(plain, raw)
+    raw[:] = plain
+
+
+def _check_length(plain: UInt8, raw: UInt8) -> None:
     if len(plain) != len(raw):
         raise ValueError(f"the chunk decodes to {len(plain)} bytes, not {len(raw)}")
-    raw[:] = plain

@@ -58,9 +58,8 @@ class _Scratch(threading.local):
     def array(self, name: str, shape: tuple[int, ...], dtype: str) -> NDArray[Any]:
         """An uninitialised array of this shape, valid until the next call with this name."""
         held = self._held.get(name)
-        if held is None or held.shape[1:] != shape[1:] or held.dtype != dtype:
-            held = None
-        if held is None or len(held) < shape[0]:
+        fits = held is not None and held.shape[1:] == shape[1:] and held.dtype == dtype
+        if held is None or not fits or len(held) < shape[0]:
             held = np.empty(shape, dtype)
             self._held[name] = held
         return held[: shape[0]]
