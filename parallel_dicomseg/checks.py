@@ -49,8 +49,12 @@ def measure(
     images: NDArray[Any],
     masks: NDArray[Any],
     contours: Contours,
+    *,
     contour_digest: NDArray[np.uint64],
     longer_than_header: Bool,
+    cropped: Int64,
+    elliptic: Bool,
+    bitmaps: Int64,
     nested: tuple[tuple[int, int], ...],
     checks: Checks,
 ) -> Measured:
@@ -58,7 +62,7 @@ def measure(
 
     Parameters
     ----------
-    images : (n, rows, columns)
+    images : (n, rows, columns) or (n, rows, columns, samples)
         As `measure_intensity` takes them.
     masks : (n, rows, columns) uint8 … uint64
         Bit s is structure s.
@@ -68,15 +72,23 @@ def measure(
         Passed through; its shape tells the number of structures.
     longer_than_header : (n,) bool
         Whether the pixel data is longer than rows, columns and frames account for.
+    cropped : (n, s) int64
+        Pixels of the source's mask that lie outside the stored one; passed through.
+    elliptic : (r,) bool
+        Which rings are of organs that should be nearly elliptic.
+    bitmaps : (k, 2) int64
+        Slice and structure of what was not drawn as rings: it may have any number of pieces.
     nested : pairs (inner, outer) of structures
     checks : Checks
         The thresholds.
     """
     shape = contour_digest.shape
     ring_count = count_rings(contours, shape)
+    ring_count[bitmaps[:, 0], bitmaps[:, 1]] = np.iinfo(np.int32).max
     annotated = ring_count > 0
     area, components, outside = measure_masks(masks, annotated, nested)
-    residual = worst_rings(contours, ellipse_residuals(contours), shape)
+    rounds = contours if elliptic.all() else contours.take(elliptic)
+    residual = worst_rings(rounds, ellipse_residuals(rounds), shape)
     flags = raise_flags(
         area=area,
         components=components,
@@ -86,6 +98,7 @@ def measure(
         nested=nested,
         pixels=images.shape[1] * images.shape[2],
         longer_than_header=longer_than_header,
+        cropped=cropped,
         checks=checks,
     )
     return Measured(
@@ -95,8 +108,9 @@ def measure(
         outside=outside,
         ellipse_residual=residual,
         contour_digest=contour_digest,
-        intensity=measure_intensity(images),
+        intensity=measure_intensity(images.reshape(*images.shape[:2], -1)),
         flags=flags,
+        cropped=cropped,
     )
 
 
@@ -639,11 +653,12 @@ def raise_flags(
     nested: tuple[tuple[int, int], ...],
     pixels: int,
     longer_than_header: Bool,
+    cropped: Int64,
     checks: Checks,
 ) -> UInt16:
     """The flags of n slices, from what was measured on them; bit k is FLAGS[k].
 
-    "identical-contours" needs the whole table: `identical_contours` finds it at the end.
+    "identical-contours" and "gap-before-slice" need the whole table: the store adds them.
 
     Parameters
     ----------
@@ -659,6 +674,7 @@ def raise_flags(
     pixels : int
         Pixels of a slice.
     longer_than_header : (n,) bool
+    cropped : (n, s) int64
     checks : Checks
         A value equal to its threshold gives no flag.
 
@@ -674,6 +690,7 @@ def raise_flags(
         "not-an-ellipse": ellipse_residual > checks.max_ellipse_residual,
         "inner-not-inside-outer": outside > checks.max_outside_fraction * inner_area,
         "pixel-data-longer-than-header": longer_than_header[:, None],
+        "cut-by-crop": cropped > 0,
     }
     flags = np.zeros(len(area), np.uint16)
     for name, where in flagged.items():

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import random
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 import numpy as np
@@ -37,7 +38,7 @@ from parallel_dicomseg.errors import (
     ParallelDicomSegError,
     VerificationError,
 )
-from parallel_dicomseg.records import Cohort, ContourTable, ConvertOptions, ScanOptions
+from parallel_dicomseg.records import Cohort, ConvertOptions, ScanOptions
 from parallel_dicomseg.report.inspection import printable
 from parallel_dicomseg.terminal import (
     columns_of_text,
@@ -48,6 +49,9 @@ from parallel_dicomseg.terminal import (
     take_inventory,
     watching,
 )
+
+if TYPE_CHECKING:
+    from parallel_dicomseg.export import ExportReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -96,10 +100,37 @@ def _refusal(error: OSError) -> str:
 class Command(click.Command):
     """A command that never ends a user's mistake with a traceback."""
 
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Let options of several numbers take them one after another: --size 256 256."""
+        return super().parse_args(ctx, _join_numbers(args))
+
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command; errors become a line and an exit status."""
         with _exit_statuses():
             return super().invoke(ctx)
+
+
+def _join_numbers(args: Sequence[str]) -> list[str]:
+    """'--size 256 256' becomes '--size 256,256', up to as many numbers as the setting takes."""
+    joined: list[str] = []
+    most = {f"--{setting.name}": setting.most for setting in SETTINGS.values() if setting.most}
+    room = 0
+    for arg in args:
+        if room and _is_number(arg):
+            starts = joined[-1] in most
+            joined[len(joined) - (not starts) :] = [arg if starts else f"{joined[-1]},{arg}"]
+            room -= 1
+        else:
+            joined.append(arg)
+            room = most.get(arg, 0)
+    return joined
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 class Group(click.Group):
@@ -131,6 +162,9 @@ def _option(setting: Setting) -> Callable[[Function], Function]:
     """The command line's option for a setting; None where it is not given."""
     flag = f"--{setting.name.replace('_', '-')}"
     says_so = setting.choices or setting.default not in ("", (), 0, False)
+    if setting.most:
+        metavar = "N [N [N]]" if setting.most > 2 else "N [N]"
+        return click.option(flag, setting.name, metavar=metavar, multiple=True, help=setting.help)
     default = f"{setting.default:g}" if setting.type is float else setting.default
     shown = f"  [default: {default}]" if says_so else ""
     how: dict[str, Any] = {"default": None, "help": setting.help + shown}
@@ -218,22 +252,31 @@ def demo(directory: str, as_json: bool) -> None:
     epilog="""\b
 Example:
   parallel-dicomseg scan final_data
-  parallel-dicomseg scan final_data --structures i --json"""
+  parallel-dicomseg scan final_data --structures i --json
+  parallel-dicomseg scan archive --save scanned
+  parallel-dicomseg convert scanned -o cohort.h5"""
 )
 @click.argument("data_directory", metavar="[SOURCE]", required=False, type=click.Path())
+@click.option(
+    "--save",
+    metavar="DIR",
+    help="Also write what was found into tables (CSV) that may be edited and converted.",
+)
 @setting_options("scan")
 @config_options
 @json_option
 def scan(
     data_directory: str | None,
+    save: str | None,
     config: str | None,
     show_config: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """List what is in a folder of images and outlines, and what does not belong together.
+    """List what is in a folder of images and annotations, and what does not belong together.
 
-    Reads headers only, writes nothing. SOURCE may be left out where a config.ini names it.
+    Reads headers only, and writes nothing but the tables of --save. SOURCE may be left out where a
+    config.ini names it.
     """
     settings = _settings("scan", options, config)
     if show_config:
@@ -244,6 +287,11 @@ def scan(
     source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
     with watching() as watch:
         cohort = scan_cohort(source, options=settings.scan, progress=watch)
+    if save:
+        from parallel_dicomseg.saved import save_scan
+
+        save_scan(cohort, save)
+        click.echo(f"tables with names and UIDs in {save}, readable by you alone", err=True)
     inventory = take_inventory(cohort)
     if as_json:
         print_json(inventory)
@@ -257,6 +305,8 @@ Example:
   parallel-dicomseg convert final_data -o cohort.h5
   parallel-dicomseg convert final_data -o cohort.h5 \\
       --structures i,o --codec lz4 --zarr cohort.zarr
+  parallel-dicomseg convert archive -o cohort.h5 \\
+      --structures /gtv.*/ --spacing 1.0 --size 256 256 --split 0.8 0.1 0.1
   parallel-dicomseg convert final_data -o cohort.h5 \\
       --scheduler tcp://127.0.0.1:8786"""
 )
@@ -273,11 +323,11 @@ def convert(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Convert a folder of images and outlines to one HDF5 file of images and masks.
+    """Convert a folder of images and annotations to one HDF5 file of images and masks.
 
-    The exit status is 1 when more slices or outlines were rejected than --max-rejected allows;
-    the file is complete without them and says which. SOURCE and -o may be left out where a
-    config.ini names them.
+    SOURCE may also be what `scan --save` wrote; options of the scan then count no more. The exit
+    status is 1 when more was rejected than --max-rejected allows; the file is complete without it
+    and says what and why. SOURCE and -o may be left out where a config.ini names them.
     """
     settings = _settings("convert", options, config)
     if show_config:
@@ -285,12 +335,16 @@ def convert(
         return
     from parallel_dicomseg.cohort import scan_cohort
     from parallel_dicomseg.convert import check_output, convert_cohort
+    from parallel_dicomseg.saved import is_saved_scan, load_scan
 
     source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
     target = output or _legacy_default(settings, "hdf5_filename", "-o OUT.h5")
     check_output(Path(target), settings.convert)
     with watching() as watch:
-        cohort = scan_cohort(source, options=settings.scan, progress=watch)
+        if is_saved_scan(source):
+            cohort = load_scan(source)
+        else:
+            cohort = scan_cohort(source, options=settings.scan, progress=watch)
         with _converting():
             summary = convert_cohort(cohort, target, options=settings.convert, progress=watch)
     if as_json:
@@ -304,16 +358,37 @@ def convert(
     epilog="""\b
 Example:
   parallel-dicomseg inspect cohort.h5
+  parallel-dicomseg inspect cohort.h5 --tag EchoTime --tag 0018,0087
   parallel-dicomseg inspect cohort.h5 --json"""
 )
 @click.argument("file", type=click.Path())
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    help="Values of a DICOM attribute per series: a keyword, or gggg,eeee; may be repeated.",
+)
 @json_option
-def inspect(file: str, as_json: bool) -> None:
+def inspect(file: str, tags: tuple[str, ...], as_json: bool) -> None:
     """Say what a finished file holds, how it was made, and what was flagged or rejected."""
     from rich.console import Console
 
-    from parallel_dicomseg.report.inspection import inspect_file, render
+    from parallel_dicomseg.report.inspection import (
+        inspect_file,
+        render,
+        render_tag_values,
+        tag_values,
+    )
 
+    if tags:
+        found = [tag_values(file, tag) for tag in tags]
+        if as_json:
+            print_json(found)
+        else:
+            for values in found:
+                render_tag_values(values, Console())
+        return
     inspection = inspect_file(file)
     if as_json:
         print_json(inspection)
@@ -345,6 +420,141 @@ def verify(file: str, as_json: bool) -> None:
         for problem in found.problems:
             click.echo(printable(f"  {problem}"))
     click.get_current_context().exit(FINISHED_SHORT if found.problems else 0)
+
+
+@main.group(cls=Group)
+def export() -> None:
+    """Write a finished file's volumes as files of other programs."""
+
+
+def export_options(function: Function) -> Function:
+    """Give a command the arguments that all exports share."""
+    for decorate in reversed(
+        (
+            click.argument("file", type=click.Path()),
+            click.argument("directory", type=click.Path()),
+            click.option(
+                "--structures",
+                multiple=True,
+                metavar="NAME",
+                help="Only these (i,o or repeated); none: all.",
+            ),
+            click.option(
+                "--strict", is_flag=True, help="Refuse volumes whose slices no affine describes."
+            ),
+            click.option("--overwrite", is_flag=True, help="Replace an earlier export."),
+            json_option,
+        )
+    ):
+        function = decorate(function)
+    return function
+
+
+@export.command(
+    epilog="""\b
+Example:
+  parallel-dicomseg export nifti cohort.h5 nifti
+  parallel-dicomseg export nifti cohort.h5 nifti --masks labels --structures heart,lung"""
+)
+@export_options
+@click.option(
+    "--masks",
+    type=click.Choice(["separate", "labels"]),
+    default="separate",
+    show_default=True,
+    help="A file for each structure, or one label map where none overlap.",
+)
+def nifti(
+    file: str,
+    directory: str,
+    structures: tuple[str, ...],
+    strict: bool,
+    overwrite: bool,
+    as_json: bool,
+    masks: str,
+) -> None:
+    """Write an image and its masks per volume of FILE as NIfTI into the folder DIRECTORY."""
+    from parallel_dicomseg.export import export_nifti
+    from parallel_dicomseg.store import open_dataset
+
+    with open_dataset(file) as dataset, watching() as watch:
+        report = export_nifti(
+            dataset,
+            directory,
+            structures=_split(structures) or None,
+            masks=masks,
+            strict=strict,
+            overwrite=overwrite,
+            progress=watch,
+        )
+    _tell_export(report, as_json)
+
+
+@export.command(
+    epilog="""\b
+Example:
+  parallel-dicomseg export nnunet cohort.h5 nnUNet_raw --dataset-id 1 --name Heart"""
+)
+@export_options
+@click.option("--dataset-id", type=int, required=True, metavar="N", help="1 to 999.")
+@click.option("--name", required=True, metavar="NAME", help="Of the dataset: DatasetNNN_NAME.")
+@click.option("--modality", default="", metavar="CS", help="Only volumes of this one.")
+@click.option(
+    "--overlap",
+    type=click.Choice(["priority", "regions"]),
+    default="priority",
+    show_default=True,
+    help="A voxel of several structures: the last one's label, or regions that may overlap.",
+)
+@click.option(
+    "--incomplete",
+    type=click.Choice(["ignore", "background", "leave-out"]),
+    default="ignore",
+    show_default=True,
+    help="Slices on which a structure was not annotated.",
+)
+def nnunet(
+    file: str,
+    directory: str,
+    structures: tuple[str, ...],
+    strict: bool,
+    overwrite: bool,
+    as_json: bool,
+    dataset_id: int,
+    name: str,
+    modality: str,
+    overlap: str,
+    incomplete: str,
+) -> None:
+    """Write FILE as a dataset of nnU-Net's raw layout into the folder DIRECTORY."""
+    from parallel_dicomseg.export import export_nnunet
+    from parallel_dicomseg.store import open_dataset
+
+    with open_dataset(file) as dataset, watching() as watch:
+        report = export_nnunet(
+            dataset,
+            directory,
+            dataset_id=dataset_id,
+            name=name,
+            structures=_split(structures) or None,
+            modality=modality,
+            overlap=overlap,
+            incomplete=incomplete,
+            strict=strict,
+            overwrite=overwrite,
+            progress=watch,
+        )
+    _tell_export(report, as_json)
+
+
+def _tell_export(report: ExportReport, as_json: bool) -> None:
+    """Print what an export wrote, and what it could not carry over."""
+    if as_json:
+        print_json(summarize(report) | {"files": report.files})
+        return
+    lines = [f"{report.directory}: {len(report.files)} files of {len(report.cases)} volumes"]
+    lines += [f"  {note.case or 'all'}: {note.detail} ({note.kind})" for note in report.notes]
+    click.echo(printable("\n".join(lines)))
 
 
 @click.command(
@@ -411,7 +621,7 @@ def _settings(command: str, options: Mapping[str, Any], config: str | None) -> S
     """The settings of a command whose options were generated from them."""
     tables = ("scan",) if command == "scan" else ("scan", "convert")
     overrides = {
-        key: _split(options[setting.name]) if setting.type == tuple[str, ...] else value
+        key: _split(value) if isinstance(value, tuple) else value
         for key, setting in SETTINGS.items()
         if key.partition(".")[0] in tables and (value := options[setting.name]) not in (None, ())
     }
@@ -479,7 +689,7 @@ def draw_random_image(cohort: Cohort, seed: int | None) -> str:
     from parallel_dicomseg.report.figures import image_and_mask_figure
     from parallel_dicomseg.store import open_dataset
 
-    annotated = np.unique(cohort.contours.slice)
+    annotated = np.unique(cohort.annotations.slice)
     if not len(annotated):
         raise LayoutError(f"{cohort.root}: no image has an outline, there is nothing to draw")
     chosen = int(random.Random(seed).choice(annotated))  # noqa: S311  # a picture, not a secret
@@ -511,16 +721,13 @@ def draw_random_image(cohort: Cohort, seed: int | None) -> str:
 
 def only_slice(cohort: Cohort, index: int) -> Cohort:
     """The cohort of one slice with its outlines."""
-    mine = cohort.contours.slice == index
-    contours = cohort.contours
+    only = np.array([index])
+    mine = cohort.annotations.take(cohort.annotations.slice == index)
     return replace(
         cohort,
-        slices=cohort.slices.take(np.array([index])),
-        contours=ContourTable(
-            slice=np.zeros(int(mine.sum()), np.int64),
-            structure=contours.structure[mine],
-            path=contours.path[mine],
-        ),
+        slices=cohort.slices.take(only),
+        headers={name: column.take(only) for name, column in cohort.headers.items()},
+        annotations=replace(mine, slice=np.zeros(len(mine), np.int64)),
         problems=(),
     )
 

@@ -1,21 +1,103 @@
-"""Find the files of a cohort, read their headers in parallel, pair images with outlines."""
+"""Find the files of a cohort, read their headers in parallel, lay the annotations on the images."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from parallel_dicomseg.dicom import scan_headers
-from parallel_dicomseg.errors import LayoutError
-from parallel_dicomseg.records import Cohort, Problem, Progress, ScanOptions, SliceTable
-from parallel_dicomseg.sources import Listing, choose_source
+import numpy as np
+from numpy.typing import NDArray
+
+from parallel_dicomseg.dicom.headers import Scanned, concatenate_headers, scan_headers
+from parallel_dicomseg.errors import ConfigurationError, LayoutError
+from parallel_dicomseg.records import (
+    Annotation,
+    AnnotationTable,
+    Bytes,
+    Cohort,
+    Headers,
+    Problem,
+    Progress,
+    Reason,
+    ScannedFile,
+    ScanOptions,
+    SliceTable,
+)
+from parallel_dicomseg.sources import sunnybrook
+from parallel_dicomseg.sources.base import (
+    Found,
+    Listing,
+    Source,
+    check_directory,
+    scan_folder,
+    walk,
+)
+from parallel_dicomseg.sources.registry import SOURCES
+from parallel_dicomseg.sources.tree import find_annotations, list_tree, unchosen_files
+from parallel_dicomseg.split import split_patients
+from parallel_dicomseg.structures import annotation_table, choose, read_aliases
+from parallel_dicomseg.volumes import order_volumes
 
 #: How many problems are named where nothing is left to convert.
 NAMED_PROBLEMS = 3
+#: What `source` may say besides the names of the sources of a DICOM tree.
+ANY, TREE = "auto", "dicom"
 # Files per header call: enough to make the GIL rare, few enough for a smooth progress bar.
 _FILES_PER_CALL = 512
+
+
+@dataclass(frozen=True, slots=True)
+class _Files:
+    """What a data directory holds by the names of its files."""
+
+    listings: list[Listing]
+    """Cohorts of the Sunnybrook layouts."""
+    paths: list[str]
+    """Other files whose header is to be read."""
+    foreign: list[ScannedFile]
+    """Files that are no DICOM by their names."""
+    sources: Mapping[str, Source]
+    """Who is asked about annotations in other files than those of `listings`."""
+    problems: tuple[Problem, ...]
+
+    @property
+    def numbered_paths(self) -> list[str]:
+        """Images of the listings."""
+        return [path for listing in self.listings for path in listing.image_paths]
+
+
+@dataclass(frozen=True, slots=True)
+class _Selected:
+    """What is converted of the annotations."""
+
+    names: tuple[str, ...]
+    """Structures in bit order."""
+    table: AnnotationTable
+    annotated: NDArray[np.uint64]
+    """(n,) bit s: somebody looked for structure s."""
+    taken: list[Annotation]
+    found_by: dict[str, int]
+    everything: bool
+    """Whether all structures were asked for."""
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    """All images of a scan, sorted by patient, series, volume and position."""
+
+    table: SliceTable
+    headers: Headers
+    own_patient_id: Bytes
+    """(n,) PatientID as the file has it: b'' where it has none, or where a table names it."""
+    localizer: NDArray[np.bool_]
+    """(n,) to be left out unless somebody drew on it."""
+    numbered: NDArray[np.bool_]
+    """(n,) whether it is of one of the listings."""
 
 
 def scan_cohort(
@@ -24,12 +106,13 @@ def scan_cohort(
     options: ScanOptions | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Cohort:
-    """Find the images and the outlines of a cohort and pair them; reads headers only.
+    """Find the images and annotations of a cohort and pair them; reads no pixels.
 
     Parameters
     ----------
     data_directory
-        The root of the cohort. Nothing outside it is opened.
+        The root of the cohort: any tree of DICOM files with annotations, the Sunnybrook data, or
+        both together. Nothing outside it is opened.
     options
         What to look for.
     progress
@@ -37,44 +120,360 @@ def scan_cohort(
 
     Returns
     -------
-    The images to convert in the order of the output, their outlines, and a Problem for everything
-    that does not belong together.
+    The images to convert in the order of the output (patient in natural order, study, series,
+    volume, position along the normal), what is drawn on them, and a Problem for everything that
+    does not belong together. Of a series that somebody annotated in DICOM, all slices are
+    converted; of a Sunnybrook series those that have an outline.
 
     Raises
     ------
     LayoutError
-        The directory is missing, empty or not laid out as any source knows, or nothing in it
-        belongs together; then the first problems are named.
+        The directory is missing or empty, a table that it needs is wrong, or nothing in it is to
+        be converted; then the first problems are named.
     ConfigurationError
         An option names a source or a structure that is not there.
     """
     options = options or ScanOptions()
     root = Path(data_directory)
-    source = choose_source(root, options.source)
-    listing = source.list_files(root, options)
-    if not listing.image_paths:
-        raise _nothing_left(f"{root}: no image file to convert was found", listing.problems)
-    slices, unread = _read_headers(root, listing, options.workers or os.cpu_count() or 1, progress)
-    paired = source.pair(listing, slices, options)
-    problems = {*listing.problems, *unread, *paired.problems}
-    if not len(paired.slice_index):
-        found = (
-            f"{len(listing.image_paths)} possible image(s), {len(slices)} of them readable, "
-            f"and {len(listing.outlines)} outline(s)"
-        )
-        raise _nothing_left(f"{root}: nothing to convert among {found}", problems)
+    files = _list_files(root, options)
+    if not (files.numbered_paths or files.paths):
+        raise _nothing_left(f"{root}: no image file to convert was found", files.problems)
+    scanned = _read_headers(root, files, options.workers or os.cpu_count() or 1, progress)
+    images, hygiene = _in_order(scanned, files)
+    others, no_dicom = _others(scanned, files)
+    numbered = _pair_numbered(scanned, files, images.table)
+    drawn = find_annotations(
+        str(root.resolve()),
+        others,
+        replace(images.table, patient_id=images.own_patient_id),
+        files.sources,
+        options,
+    )
+    annotations = (*numbered.annotations, *drawn.annotations)
+    selected = _select(annotations, len(images.table), options)
+    keep = _kept(selected, images, options)
+    problems = {
+        *files.problems,
+        *scanned.problems,
+        *no_dicom,
+        *hygiene,
+        *_about_chosen(numbered.problems, selected),
+        *drawn.problems,
+        *selected.problems,
+        *_without_annotation(images, keep),
+    }
+    problems |= set(_unchosen_files(drawn, selected, problems))
+    if not keep.any():
+        raise _nothing_left(_counted(root, images.table, annotations, options), problems)
+    slices, table = _only(images.table, selected, keep)
     return Cohort(
         root=str(root.resolve()),
-        source=source.name,
+        source=_source_name(images.numbered[keep]),
         include_unannotated=options.include_unannotated,
-        structures=paired.structures,
-        nested=paired.nested,
-        slices=slices.take(paired.slice_index),
-        contours=paired.contours,
+        structures=selected.names,
+        nested=_nested(table),
+        slices=_split(slices, table, options),
+        annotations=table,
+        headers={name: column.take(keep) for name, column in images.headers.items()},
+        found_by=selected.found_by,
         problems=tuple(
             sorted(problems, key=lambda problem: (problem.path, problem.reason, problem.detail))
         ),
     )
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+def _list_files(root: Path, options: ScanOptions) -> _Files:
+    """Find the files of a data directory and who is to read them."""
+    real_root = check_directory(root)
+    sources = _sources(options.source)
+    numbered_only = options.source == sunnybrook.name
+    if numbered_only or (
+        options.source == ANY and sunnybrook.is_cohort(scan_folder(real_root, ""), options)
+    ):
+        listing = sunnybrook.list_files(root, options)
+        return _Files([listing], [], [], sources, listing.problems)
+    folders = list(walk(real_root, ""))
+    listings = sunnybrook.find_cohorts(root, folders, options) if options.source == ANY else []
+    claimed = frozenset().union(*(listing.claimed for listing in listings))
+    tree = list_tree(real_root, folders, claimed)
+    told = (problem for listing in listings for problem in listing.problems)
+    return _Files(listings, tree.paths, tree.foreign, sources, (*tree.problems, *told))
+
+
+def _sources(name: str) -> Mapping[str, Source]:
+    """The sources that `--source` lets look for annotations in a tree of DICOM files."""
+    if name in (ANY, TREE):
+        return SOURCES
+    if name == sunnybrook.name:
+        return {}
+    if name not in SOURCES:
+        there = ", ".join((ANY, TREE, sunnybrook.name, *SOURCES))
+        raise ConfigurationError(f"source {name!r} is unknown; there are: {there}")
+    return {name: SOURCES[name]}
+
+
+def _read_headers(
+    root: Path,
+    files: _Files,
+    workers: int,
+    progress: Callable[[Progress], None] | None,
+) -> Scanned:
+    """The headers of all files, those of the listings first."""
+    blocks = list(_blocks(files))
+    total = sum(len(paths) for paths, _ in blocks)
+    done = 0
+    parts: list[Scanned] = []
+    with ThreadPoolExecutor(workers) as pool:
+        for block, part in zip(
+            blocks, pool.map(lambda block: scan_headers(root, *block), blocks), strict=True
+        ):
+            parts.append(part)
+            done += len(block[0])
+            if progress:
+                progress(Progress("scan", done, total))
+    return Scanned(
+        slices=SliceTable.concatenate([part.slices for part in parts]),
+        headers=concatenate_headers([(part.headers, len(part.slices)) for part in parts]),
+        files=tuple(file for part in parts for file in part.files),
+        problems=[problem for part in parts for problem in part.problems],
+    )
+
+
+def _blocks(files: _Files) -> Iterator[tuple[list[str], list[str] | None]]:
+    """Paths of one call, and their patients where a table names them."""
+    paths = files.numbered_paths
+    patients = [name for listing in files.listings for name in listing.image_patients]
+    for start in range(0, len(paths), _FILES_PER_CALL):
+        stop = start + _FILES_PER_CALL
+        yield paths[start:stop], patients[start:stop]
+    for start in range(0, len(files.paths), _FILES_PER_CALL):
+        yield files.paths[start : start + _FILES_PER_CALL], None
+
+
+def _others(scanned: Scanned, files: _Files) -> tuple[list[ScannedFile], list[Problem]]:
+    """What is no image; of a listing's images those that are no DICOM at all are rejected."""
+    listed = set(files.numbered_paths)
+    lost = [file for file in scanned.files if not file.sop_class_uid and file.path in listed]
+    gone = {file.path for file in lost}
+    others = [*(file for file in scanned.files if file.path not in gone), *files.foreign]
+    detail = "not a DICOM file, though it lies where the images are"
+    return others, [Problem(file.path, Reason.NOT_DICOM, detail) for file in lost]
+
+
+# --- images --------------------------------------------------------------------------------------
+
+
+def _in_order(scanned: Scanned, files: _Files) -> tuple[_Images, tuple[Problem, ...]]:
+    """The images sorted into volumes, and what is odd about their series."""
+    numbered = _is_in(scanned.slices.path, files.numbered_paths)
+    own = np.where(numbered, b"", scanned.slices.patient_id)
+    table = replace(scanned.slices, patient_id=_named_patients(scanned.slices))
+    ordered = order_volumes(table)
+    index = ordered.index
+    images = _Images(
+        table=replace(table.take(index), volume=ordered.volume),
+        headers={name: column.take(index) for name, column in scanned.headers.items()},
+        own_patient_id=own[index],
+        localizer=ordered.localizer,
+        numbered=numbered[index],
+    )
+    return images, ordered.problems
+
+
+def _is_in(paths: Bytes, wanted: Collection[str]) -> NDArray[np.bool_]:
+    """(n,) whether each path is one of `wanted`."""
+    known = {os.fsencode(path) for path in wanted}
+    return np.array([path in known for path in paths.tolist()], np.bool_)
+
+
+def _named_patients(table: SliceTable) -> Bytes:
+    """(n,) PatientID; without one each study is a patient, and without that each folder."""
+    named: Bytes = np.where(table.patient_id == b"", table.study_instance_uid, table.patient_id)
+    unnamed = named == b""
+    if unnamed.any():
+        folders = [path.rpartition(b"/")[0] or b"." for path in table.path[unnamed].tolist()]
+        width = max(named.dtype.itemsize, *map(len, folders))
+        named = named.astype(f"S{width}")
+        named[unnamed] = folders
+    return named
+
+
+def _pair_numbered(scanned: Scanned, files: _Files, images: SliceTable) -> Found:
+    """The outlines of the listings on the images in order, each listing by itself.
+
+    Copies that were left out, and DICOM objects that are no images, are none of the images that
+    an outline may mean; an image that could not be read still is.
+    """
+    gone = set(scanned.slices.path.tolist()) - set(images.path.tolist())
+    gone |= {os.fsencode(file.path) for file in scanned.files if file.sop_class_uid}
+    annotations: list[Annotation] = []
+    problems: list[Problem] = []
+    for listing in files.listings:
+        both = zip(listing.image_paths, listing.image_patients, strict=True)
+        left = [(path, patient) for path, patient in both if os.fsencode(path) not in gone]
+        listing = replace(  # noqa: PLW2901
+            listing,
+            image_paths=[path for path, _ in left],
+            image_patients=[patient for _, patient in left],
+        )
+        rows = np.flatnonzero(_is_in(images.path, listing.image_paths))
+        found = sunnybrook.pair(listing, images.take(rows))
+        annotations += [replace(one, slice=rows[one.slice]) for one in found.annotations]
+        problems += found.problems
+    return Found(tuple(annotations), tuple(problems))
+
+
+# --- annotations ---------------------------------------------------------------------------------
+
+
+def _select(annotations: Sequence[Annotation], images: int, options: ScanOptions) -> _Selected:
+    """The structures that are asked for, and what is drawn of them.
+
+    Raises
+    ------
+    ConfigurationError
+        A structure is not there, or the table of aliases cannot be read.
+    """
+    chosen = choose(
+        # the outlines that one person drew on a patient's images count as one file
+        [
+            replace(one, path=sunnybrook.outline_set(one.path)) if _is_numbered(one) else one
+            for one in annotations
+        ],
+        options.structures,
+        read_aliases(options.aliases) if options.aliases else {},
+        options.case_sensitive,
+        options.several,
+    )
+    table, annotated = annotation_table(annotations, chosen, images)
+    taken = [annotations[k] for k in dict.fromkeys(chosen.annotation.tolist())]
+    return _Selected(
+        names=chosen.names,
+        table=table,
+        annotated=annotated,
+        taken=taken,
+        found_by=dict(Counter(one.found_by for one in taken if len(one.slice)).most_common()),
+        everything=not (options.structures or options.aliases),
+        problems=chosen.problems,
+    )
+
+
+def _is_numbered(annotation: Annotation) -> bool:
+    return annotation.kind == sunnybrook.name
+
+
+def _kept(selected: _Selected, images: _Images, options: ScanOptions) -> NDArray[np.bool_]:
+    """(n,) whether an image is converted."""
+    keep: NDArray[np.bool_] = selected.annotated != 0
+    keep[selected.table.slice] = True
+    return keep | ~images.localizer if options.include_unannotated else keep
+
+
+def _about_chosen(problems: Sequence[Problem], selected: _Selected) -> list[Problem]:
+    """Without those about contour files of structures that nobody asked for."""
+    if selected.everything:
+        return list(problems)
+    wanted = {None, *(one.name for one in selected.taken if _is_numbered(one))}
+    return [one for one in problems if sunnybrook.structure_of(one.path) in wanted]
+
+
+def _unchosen_files(
+    drawn: Found, selected: _Selected, problems: Collection[Problem]
+) -> list[Problem]:
+    """Annotation files that are there for nothing, though nothing is wrong with them."""
+    used = {one.path for one in selected.taken if len(one.slice)}
+    return unchosen_files(drawn.annotations, used, {problem.path for problem in problems})
+
+
+def _without_annotation(images: _Images, keep: NDArray[np.bool_]) -> list[Problem]:
+    """A line for each series of a tree of which nothing is converted."""
+    table = images.table
+    series: dict[tuple[bytes, ...], list[int]] = {}
+    kept: set[tuple[bytes, ...]] = set()
+    names = ("patient_id", "study_instance_uid", "series_instance_uid")
+    heads = np.flatnonzero(np.diff(table.volume, prepend=-1))
+    for head, stop in zip(heads.tolist(), [*heads[1:].tolist(), len(table)], strict=True):
+        key = tuple(getattr(table, name)[head] for name in names)
+        if not key[-1]:
+            key = (*key, table.path[head].rpartition(b"/")[0])
+        if keep[head:stop].any():
+            kept.add(key)
+        elif not (images.numbered[head] or images.localizer[head]):
+            series.setdefault(key, []).extend(range(head, stop))
+    return [_lonely(table, rows) for key, rows in series.items() if key not in kept]
+
+
+def _lonely(table: SliceTable, rows: Sequence[int]) -> Problem:
+    first = rows[0]
+    modality = os.fsdecode(table.modality[first])
+    detail = (
+        f"{len(rows)} {modality} image(s) of {table.rows[first]} x {table.columns[first]} in the "
+        "series, none of them with an annotation that is asked for"
+    )
+    path = os.fsdecode(min(table.path[rows].tolist()))
+    return Problem(path, Reason.IMAGES_WITHOUT_ANNOTATION, detail)
+
+
+# --- what is left --------------------------------------------------------------------------------
+
+
+def _only(
+    table: SliceTable, selected: _Selected, keep: NDArray[np.bool_]
+) -> tuple[SliceTable, AnnotationTable]:
+    """The images that are converted, their volumes numbered from 0, and what is drawn on them."""
+    _, volume = np.unique(table.volume[keep], return_inverse=True)
+    slices = replace(
+        table.take(keep),
+        volume=volume.reshape(-1).astype(np.int32),
+        annotated=selected.annotated[keep],
+    )
+    place = np.cumsum(keep) - 1
+    return slices, replace(selected.table, slice=place[selected.table.slice])
+
+
+def _nested(table: AnnotationTable) -> tuple[tuple[int, int], ...]:
+    """Structures of the numbered outlines of which one must lie in another."""
+    mine = np.flatnonzero(table.kind == sunnybrook.name.encode())
+    paths = [os.fsdecode(path) for path in table.path[mine].tolist()]
+    bits = dict(zip(map(sunnybrook.structure_of, paths), table.structure[mine].tolist()))  # noqa: B905
+    pairs = ((bits.get(inner), bits.get(outer)) for inner, outer in sunnybrook.NESTED)
+    found = {(i, o) for i, o in pairs if i is not None and o is not None and i != o}
+    return tuple(sorted(found))
+
+
+def _split(slices: SliceTable, table: AnnotationTable, options: ScanOptions) -> SliceTable:
+    """Each patient in one part, where a split is asked for."""
+    if not options.split:
+        return slices
+    strata = None
+    if options.stratify:
+        strata = slices.annotated.copy()
+        np.bitwise_or.at(strata, table.slice, np.uint64(1) << table.structure.astype(np.uint64))
+    parts = split_patients(slices.patient_id, options.split, options.seed, strata)
+    return replace(slices, split=parts)
+
+
+def _source_name(numbered: NDArray[np.bool_]) -> str:
+    """What the images came as."""
+    parts = ((sunnybrook.name, numbered.any()), (TREE, not numbered.all()))
+    return "+".join(name for name, there in parts if there)
+
+
+def _counted(
+    root: Path, images: SliceTable, annotations: Sequence[Annotation], options: ScanOptions
+) -> str:
+    """That nothing is left, and of how much."""
+    series = len(np.unique(images.series_instance_uid))
+    what = (
+        f"{root}: nothing to convert among {len(images)} image(s) in {series} series and "
+        f"{len(annotations)} annotation(s)"
+    )
+    if len(images) and not options.include_unannotated:
+        what += "; --include-unannotated takes images without annotation, with empty masks"
+    return what
 
 
 def _nothing_left(message: str, problems: Collection[Problem]) -> LayoutError:
@@ -85,31 +484,3 @@ def _nothing_left(message: str, problems: Collection[Problem]) -> LayoutError:
         return LayoutError(message)
     more = [f"and {len(first) - len(named)} more"] if len(first) > len(named) else []
     return LayoutError(f"{message}; {len(first)} problem(s): {'; '.join([*named, *more])}")
-
-
-def _read_headers(
-    root: Path,
-    listing: Listing,
-    workers: int,
-    progress: Callable[[Progress], None] | None,
-) -> tuple[SliceTable, list[Problem]]:
-    paths, patients = listing.image_paths, listing.image_patients
-    tables: list[SliceTable] = []
-    problems: list[Problem] = []
-    starts = range(0, len(paths), _FILES_PER_CALL)
-    with ThreadPoolExecutor(workers) as pool:
-        blocks = pool.map(
-            lambda start: scan_headers(
-                root,
-                paths[start : start + _FILES_PER_CALL],
-                patients[start : start + _FILES_PER_CALL],
-            ),
-            starts,
-        )
-        for start, (table, unread) in zip(starts, blocks, strict=True):
-            tables.append(table)
-            problems += unread
-            if progress:
-                done = min(start + _FILES_PER_CALL, len(paths))
-                progress(Progress("scan", done, len(paths)))
-    return SliceTable.concatenate(tables), problems

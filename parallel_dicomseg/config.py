@@ -34,13 +34,35 @@ SCHEDULERS = ("synchronous", "threads", "processes", "distributed")
 
 _HELP = {
     "scan.source": "Where the outlines come from; 'auto' looks at the folder.",
-    "scan.structures": "Structures to convert, in bit order (i,o or repeated); none: all.",
-    "scan.include_unannotated": "Also take images without any outline, with empty masks.",
+    "scan.structures": "Structures to convert, in bit order (i,o or repeated): names, new=old,"
+    " /regular expression/; none: all.",
+    "scan.include_unannotated": "Also take images without any annotation, with empty masks.",
     "scan.link_file_name": "Table that links image folders to outline folders.",
     "scan.contours_sub_dir": "Only this folder of outlines under each patient.",
+    "scan.aliases": "TOML file: [structures] heart = ['Heart', 'coeur', '/hrt.*/'].",
+    "scan.case_sensitive": "Whether 'Heart' and 'heart' are two structures.",
+    "scan.several": "Where several names in one file match one structure.",
+    "scan.readers": "Several readers of one image (LIDC).",
+    "scan.agreement": "For --readers consensus: fraction of the readers who must agree.",
+    "scan.fractional_threshold": "A pixel of a fractional SEG is in above this fraction.",
+    "scan.split": "Fractions of the patients for train, validation and test.",
+    "scan.seed": "Of the split.",
+    "scan.stratify": "Spread every structure over the parts of the split evenly.",
     "scan.workers": "Threads that read headers; 0: one per core.",
     "convert.rule": "When a pixel belongs to a mask.",
     "convert.contour_origin": "Contour coordinate of the centre of the first pixel.",
+    "convert.spacing": "Bring all images to this spacing: mm between rows and between columns.",
+    "convert.size": "Rows and columns of the output; none: the largest image's.",
+    "convert.fit": "What a smaller --size is centred on.",
+    "convert.pad_value": "What lies outside the source image: a number, or 'minimum', the slice's"
+    " own.",
+    "convert.color": "Colour images as one luminance or as red, green and blue.",
+    "convert.invert_monochrome1": "Turn MONOCHROME1 round: the highest value is white everywhere.",
+    "convert.partial_overlap": "What two rings of one structure that partly overlap give.",
+    "convert.key_file": "Names are hashes keyed by this file, the same in every run; made if"
+    " missing, readable by you alone.",
+    "convert.dates": "Dates are dropped, or shifted by the key file, per patient.",
+    "convert.hash_paths": "Name files by hashes of their paths in the rejected list.",
     "convert.codec": "How chunks are compressed; lz4 and zstd need hdf5plugin to read.",
     "convert.keep_identity": "Keep patient keys and UIDs instead of running numbers.",
     "convert.scheduler": "synchronous, threads, processes, distributed, or a scheduler's address.",
@@ -60,7 +82,13 @@ _HELP = {
 }
 
 _CHOICES: dict[str, tuple[str | float, ...]] = {
-    "scan.source": ("auto", "sunnybrook"),
+    "scan.source": ("auto", "sunnybrook", "dicom"),
+    "scan.several": ("merge", "first", "separate"),
+    "scan.readers": ("each", "consensus"),
+    "convert.fit": ("center", "structure"),
+    "convert.color": ("luminance", "samples"),
+    "convert.partial_overlap": ("xor", "union", "refuse"),
+    "convert.dates": ("drop", "shift"),
     "convert.rule": ("center", "pil-outline0", "pil-outline1"),
     "convert.contour_origin": (0.0, 0.5, 1.0),
     "convert.codec": ("deflate", "lz4", "zstd", "none"),
@@ -68,6 +96,8 @@ _CHOICES: dict[str, tuple[str | float, ...]] = {
 
 #: Upper bounds; every number must also be at least 0.
 _MAXIMA = {
+    "scan.agreement": 1.0,
+    "scan.fractional_threshold": 1.0,
     "convert.checks.max_mask_fraction": 1.0,
     "convert.checks.max_outside_fraction": 1.0,
 }
@@ -82,7 +112,13 @@ _EXPECTED = {
     " or a scheduler file",
     "convert.memory_limit": "a number of bytes, or a text such as '2GiB' or '500 MB'",
     "scan.structures": "a list of different names",
+    "scan.split": "two or three fractions that make 1",
+    "convert.spacing": "one or two numbers above 0",
+    "convert.size": "one or two whole numbers above 0",
 }
+
+#: How many numbers a list of numbers may have.
+_MOST_NUMBERS = {"scan.split": 3, "convert.spacing": 2, "convert.size": 2}
 
 #: What a configuration file or the command line may give for a field of this type.
 _ACCEPTED: dict[Any, tuple[type, ...]] = {
@@ -91,7 +127,10 @@ _ACCEPTED: dict[Any, tuple[type, ...]] = {
     int: (int,),
     float: (int, float),
     tuple[str, ...]: (list, tuple),
+    tuple[float, ...]: (list, tuple, int, float),
+    tuple[int, ...]: (list, tuple, int),
 }
+_NUMBERS = {tuple[float, ...]: float, tuple[int, ...]: int}
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +150,8 @@ class Setting:
     maximum: float | None = None
     is_size: bool = False
     """A number of bytes, also written '2GiB'."""
+    most: int = 0
+    """How many numbers it takes at most; 0: it is no list of numbers."""
 
     @property
     def name(self) -> str:
@@ -175,6 +216,7 @@ def _declare(record: Any, prefix: str) -> Iterable[Setting]:
             choices=_CHOICES.get(key, ()),
             maximum=_MAXIMA.get(key),
             is_size=key in _SIZES,
+            most=_MOST_NUMBERS.get(key, 0),
         )
 
 
@@ -392,7 +434,23 @@ def _read(setting: Setting, value: Any) -> Any:
         raise TypeError
     if setting.type is float and isinstance(value, int):
         return float(value)
+    if setting.most:
+        return _read_numbers(setting, value)
     return tuple(value) if isinstance(value, list) else value
+
+
+def _read_numbers(setting: Setting, value: Any) -> tuple[float, ...]:
+    """One number or a list of them, as the record's tuple; texts come from the command line."""
+    number = _NUMBERS[setting.type]
+    values = value if isinstance(value, list | tuple) else (value,)
+    if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in values):
+        raise TypeError
+    numbers = tuple(number(item) for item in values)
+    if any(
+        isinstance(item, float) and item != made for item, made in zip(values, numbers, strict=True)
+    ):
+        raise ValueError
+    return numbers
 
 
 def _check(setting: Setting, value: Any) -> None:
@@ -405,6 +463,10 @@ def _check(setting: Setting, value: Any) -> None:
         ceiling = float("inf") if setting.maximum is None else setting.maximum
         if not 0 <= value <= ceiling:
             raise ValueError
+    if setting.most:
+        if len(value) > setting.most or not all(0 <= item < float("inf") for item in value):
+            raise ValueError
+        return
     if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):
         raise ValueError
     if isinstance(value, tuple) and len(set(value)) != len(value):

@@ -23,28 +23,30 @@ from numpy.typing import NDArray
 from parallel_dicomseg.checks import measure
 from parallel_dicomseg.codec import checksums, encode
 from parallel_dicomseg.compressors import room_for
-from parallel_dicomseg.dicom import read_images
+from parallel_dicomseg.deidentify import conceal_paths, policy_of
+from parallel_dicomseg.dicom.decoders import decoder_for, decoder_versions
+from parallel_dicomseg.dicom.pixels import read_images
+from parallel_dicomseg.drawing import draw_masks, structure_centers
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.plan import Plan, make_plan, tasks
 from parallel_dicomseg.rasterize import rasterize_batch
 from parallel_dicomseg.records import (
+    AnnotationRefs,
     Checks,
     ChunkTask,
     Cohort,
-    ContourRefs,
     Contours,
     ConvertOptions,
     EncodedChunk,
     Layout,
     Problem,
     Progress,
-    Reason,
     SliceRefs,
+    SliceTable,
     Summary,
 )
 from parallel_dicomseg.schedulers import Job, Pending, open_scheduler
 from parallel_dicomseg.store import Hdf5Writer, check_mirror, mirror_to_zarr, open_dataset
-from parallel_dicomseg.text import read_contour_files
 
 # --- one task ------------------------------------------------------------------------------------
 
@@ -74,24 +76,27 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
     A slice that cannot be read is a value of the result, never an exception.
     """
     layout = task.layout
-    shape = (len(task.slices), layout.rows, layout.columns)
-    images = _scratch.array("images", shape, layout.image_dtype)
-    good, problems = read_images(task.root, task.slices, images)
+    n, shape = len(task.slices), (layout.rows, layout.columns)
+    samples = (3,) if layout.samples == 3 else ()
+    images = _scratch.array("images", (n, *shape, *samples), layout.image_dtype)
+    good, problems = read_images(task.root, task.slices, images, layout)
     images[~good] = 0
-    contours, digest, bad_contours = read_contours(task)
-    masks = _scratch.array("masks", shape, layout.mask_dtype)
-    rasterize_batch(contours, masks, rule=layout.rule, clear=True)
+    masks = _scratch.array("masks", (n, *shape), layout.mask_dtype)
+    drawing = draw_masks(task, masks)
     measured = measure(
         images,
         masks,
-        contours,
-        contour_digest=digest,
+        drawing.contours,
+        contour_digest=drawing.digest,
         longer_than_header=_longer_than_header(task),
+        cropped=drawing.cropped,
+        elliptic=drawing.elliptic,
+        bitmaps=drawing.bitmaps,
         nested=layout.nested,
         checks=layout.checks,
     )
     if not layout.include_unannotated:
-        good &= measured.annotated.any(axis=1)
+        good &= measured.annotated.any(axis=1) | (np.array(task.slices.annotated, np.uint64) > 0)
     image_bytes, image_sizes = encode(images, layout.codec, good, _room("image room", images))
     mask_bytes, mask_sizes = encode(masks, layout.codec, good, _room("mask room", masks))
     return EncodedChunk(
@@ -103,7 +108,7 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
         image_crc32c=checksums(image_bytes, image_sizes),
         mask_crc32c=checksums(mask_bytes, mask_sizes),
         measured=measured,
-        problems=(*problems, *bad_contours),
+        problems=(*problems, *drawing.problems),
     )
 
 
@@ -112,43 +117,14 @@ def _room(name: str, arrays: NDArray[Any]) -> NDArray[np.uint8]:
     return _scratch.array(name, (room_for(len(arrays), arrays[0].nbytes),), "|u1")
 
 
-def read_contours(task: ChunkTask) -> tuple[Contours, NDArray[np.uint64], list[Problem]]:
-    """The outlines of a task in pixel coordinates, their digests (n, s), and what is wrong.
-
-    An outline that cannot be read has no ring: its structure is then not annotated on the slice.
-    """
-    layout = task.layout
-    files = read_contour_files(task.contours.path, task.root)
-    usable = np.diff(files.offsets) > 0
-    plane = np.array(task.contours.plane, np.int64)
-    structure = np.array(task.contours.structure, np.int32)
-    digest = np.zeros((len(task.slices), len(layout.structures)), np.uint64)
-    digest[plane[usable], structure[usable]] = files.digest[usable]
-    contours = Contours(
-        points_column_row=files.points_column_row - layout.contour_origin,
-        offsets=np.append(files.offsets[:-1][usable], files.offsets[-1]),
-        plane=plane[usable],
-        structure=structure[usable],
-    )
-    problems = [_bad_contour(task, k, text) for k, text in files.errors]
-    return contours, digest, problems
-
-
-def _bad_contour(task: ChunkTask, k: int, text: str) -> Problem:
-    refs = task.contours
-    name = task.layout.structures[refs.structure[k]]
-    image = task.slices.path[refs.plane[k]]
-    return Problem(refs.path[k], Reason.BAD_CONTOUR, f"{text}; structure {name} of {image}")
-
-
 def _longer_than_header(task: ChunkTask) -> NDArray[np.bool_]:
     """(n,) whether native pixel data holds more than the header's size and one byte of padding."""
-    pixels = task.layout.rows * task.layout.columns
+    refs = task.slices
     return np.array(
         [
-            bool(dtype) and length > pixels * np.dtype(dtype).itemsize + 1
-            for dtype, length in zip(
-                task.slices.stored_dtype, task.slices.pixel_length, strict=True
+            bool(dtype) and length > rows * columns * np.dtype(dtype).itemsize + 1
+            for dtype, length, rows, columns in zip(
+                refs.stored_dtype, refs.pixel_length, refs.rows, refs.columns, strict=True
             )
         ]
     )
@@ -177,9 +153,25 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "def
         source="",
         checks=Checks(),
     )
-    bits = 8 * np.dtype(image_dtype).itemsize
-    nowhere = SliceRefs(("",), (0,), (0,), (0,), (0,), (image_dtype,), (bits,), (1.0,), (0.0,))
-    encode_chunk(ChunkTask(0, os.devnull, layout, nowhere, ContourRefs(("",), (0,), (0,))))
+    nowhere = SliceRefs(
+        path=("",),
+        frame=(0,),
+        file_size=(0,),
+        pixel_offset=(0,),
+        pixel_length=(0,),
+        stored_dtype=(image_dtype,),
+        bits_stored=(8 * np.dtype(image_dtype).itemsize,),
+        rescale_slope=(1.0,),
+        rescale_intercept=(0.0,),
+        rows=(8,),
+        columns=(8,),
+        photometric_interpretation=("MONOCHROME2",),
+        plane_geometry=((0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0),),
+        grid=((0.0, 0.0, 1.0, 1.0),),
+        annotated=(0,),
+    )
+    nothing = AnnotationRefs((0,), (0,), (0,), ("sunnybrook",), ("",), (0,), (-1,))
+    encode_chunk(ChunkTask(0, os.devnull, layout, nowhere, nothing))
     triangle = Contours(
         points_column_row=np.array([[1.0, 1.0], [6.0, 1.0], [3.0, 6.0]]),
         offsets=np.array([0, 3]),
@@ -209,8 +201,8 @@ def convert_cohort(
     output
         The HDF5 file. It appears under this name only when it is whole.
     options
-        How to convert. The bytes of the output depend on `rule`, `contour_origin`, `codec`,
-        `keep_identity` and `checks`, not on the scheduler or the size of the tasks.
+        How to convert. The bytes of the output do not depend on the scheduler, the number of
+        workers or the size of the tasks.
     progress
         Called with the slices done so far.
 
@@ -231,22 +223,63 @@ def convert_cohort(
     output = Path(output)
     start = time.perf_counter()
     check_output(output, options)
+    identity = policy_of(options, apart_from=(Path(cohort.root),))
     workers = options.workers or os.cpu_count() or 1
-    plan = make_plan(cohort, options, workers)
-    plan = replace(plan, problems=(*cohort.problems, *plan.problems))
-    _stop_if_strict(plan.problems, options)
-    slices, overwrite = plan.cohort.slices, options.overwrite
-    with Hdf5Writer(output, plan.layout, slices, overwrite=overwrite) as writer:
+    centers = None
+    if options.fit == "structure":
+        centers = structure_centers(cohort, options.contour_origin)
+    plan = make_plan(cohort, options, workers, centers)
+    slices = plan.cohort.slices
+    problems = conceal_paths((*cohort.problems, *plan.problems), slices.path, identity)
+    _stop_if_strict(problems, options)
+    with Hdf5Writer(
+        output,
+        plan.layout,
+        slices,
+        headers=plan.cohort.headers,
+        grid=plan.grid,
+        identity=identity,
+        root=cohort.root,
+        decoders=_decoders_of(slices),
+        overwrite=options.overwrite,
+    ) as writer:
         for chunk in run(plan, options, workers):
-            _stop_if_strict(chunk.problems, options)
+            _stop_if_strict(conceal_paths(chunk.problems, slices.path, identity), options)
             writer.put(chunk)
             if progress:
                 progress(Progress("convert", writer.slices_seen, plan.layout.slices))
-        written = writer.publish(plan.problems)
+        written = writer.publish((*cohort.problems, *plan.problems))
     if options.zarr:
         with open_dataset(output) as dataset:
             mirror_to_zarr(dataset, options.zarr, overwrite=options.overwrite, progress=progress)
-    return replace(written, seconds=time.perf_counter() - start, max_rejected=options.max_rejected)
+    return replace(
+        written,
+        seconds=time.perf_counter() - start,
+        max_rejected=options.max_rejected,
+        notes=plan.notes,
+    )
+
+
+#: Distributions of the modules that decode compressed pixels.
+_DISTRIBUTIONS = {"PIL": "pillow", "imagecodecs": "imagecodecs", "libjpeg": "pylibjpeg-libjpeg"}
+
+
+def _decoders_of(slices: SliceTable) -> dict[str, str]:
+    """What decodes each compressed transfer syntax of the images, and its version."""
+    versions = decoder_versions()
+    kinds = zip(
+        slices.transfer_syntax_uid.tolist(),
+        slices.bits_allocated.tolist(),
+        slices.samples_per_pixel.tolist(),
+        strict=True,
+    )
+    found = {}
+    for uid, bits_allocated, samples in sorted(set(kinds)):
+        decoder = decoder_for(uid.decode(), bits_allocated, samples)
+        package = _DISTRIBUTIONS.get(decoder.module) if decoder else None
+        if package and package in versions:
+            found[uid.decode()] = f"{package} {versions[package]}"
+    return found
 
 
 def check_output(output: Path, options: ConvertOptions) -> None:

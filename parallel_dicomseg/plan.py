@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 
@@ -12,21 +12,24 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.codec import CODECS
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
+from parallel_dicomseg.geometry import planes_of
+from parallel_dicomseg.grid import make_grids
 from parallel_dicomseg.rasterize import RULES
 from parallel_dicomseg.records import (
+    AnnotationRefs,
+    AnnotationTable,
     Bytes,
     ChunkTask,
     Cohort,
-    ContourRefs,
-    ContourTable,
     ConvertOptions,
+    Float64,
     Layout,
     Problem,
-    Reason,
     SliceRefs,
     SliceTable,
 )
 
+DATES = ("drop", "shift")
 CONTOUR_ORIGINS = (0.0, 0.5, 1.0)
 MAX_STRUCTURES = 64
 MAX_SLICES_PER_TASK = 64
@@ -41,12 +44,16 @@ _COPIED_COLUMNS = (
     "frame",
     "file_size",
     "pixel_offset",
-    "pixel_length",
     "bits_stored",
     "rescale_slope",
     "rescale_intercept",
+    "rows",
+    "columns",
+    "annotated",
 )
-_INTEGER_IMAGES = ("|u1", "<i2", "<u2")
+_INTEGER_IMAGES = ("|u1", "<i2", "<u2", "<i4", "<u4")
+COLORS = ("luminance", "samples")
+PARTIAL_OVERLAPS = ("xor", "union", "refuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,11 +63,15 @@ class Plan:
     cohort: Cohort
     """Only what fits the layout."""
     layout: Layout
+    grid: Float64
+    """(n, 4) where each slice's stored pixels lie in its source image, see grid.py."""
     slices_per_task: int
     window: int
     """Tasks that may be under way or waiting to be written at the same time."""
     problems: tuple[Problem, ...]
     """What the layout leaves out."""
+    notes: tuple[str, ...]
+    """What was done to the images, in words."""
 
     @property
     def task_count(self) -> int:
@@ -68,8 +79,20 @@ class Plan:
         return -(-self.layout.slices // self.slices_per_task)
 
 
-def make_plan(cohort: Cohort, options: ConvertOptions, workers: int) -> Plan:
+def make_plan(
+    cohort: Cohort,
+    options: ConvertOptions,
+    workers: int,
+    centers_row_column: Float64 | None = None,
+) -> Plan:
     """Decide the layout of the output and the size of the tasks.
+
+    Parameters
+    ----------
+    cohort, options, workers
+        What to convert, how, and by how many.
+    centers_row_column
+        (n, 2) what each slice is centred on, in pixels of its source; None: its own centre.
 
     Raises
     ------
@@ -79,20 +102,23 @@ def make_plan(cohort: Cohort, options: ConvertOptions, workers: int) -> Plan:
         There is nothing to convert.
     """
     _check_options(options)
-    cohort, problems = _of_one_size(cohort)
-    if not len(cohort.slices):
-        raise LayoutError(
-            f"{cohort.root}: no image with an outline was found, there is nothing to convert"
-        )
     if len(cohort.structures) > MAX_STRUCTURES:
         raise ConfigurationError(
             f"{len(cohort.structures)} structures do not fit the {MAX_STRUCTURES} bits of a mask; "
             f"choose some with --structures"
         )
+    grids = make_grids(cohort.slices, options, centers_row_column)
+    placed: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(grids.grid), axis=1)
+    cohort = cohort if placed.all() else _only(cohort, placed)
+    if not len(cohort.slices):
+        raise LayoutError(
+            f"{cohort.root}: no image with an outline was found, there is nothing to convert"
+        )
+    colored = bool((cohort.slices.samples_per_pixel > 1).any())
     layout = Layout(
         slices=len(cohort.slices),
-        rows=int(cohort.slices.rows[0]),
-        columns=int(cohort.slices.columns[0]),
+        rows=grids.rows,
+        columns=grids.columns,
         image_dtype=image_dtype(cohort.slices),
         mask_dtype=mask_dtype(len(cohort.structures)),
         structures=cohort.structures,
@@ -104,9 +130,21 @@ def make_plan(cohort: Cohort, options: ConvertOptions, workers: int) -> Plan:
         keep_identity=options.keep_identity,
         source=cohort.source,
         checks=options.checks,
+        samples=3 if colored and options.color == "samples" else 1,
+        resampled=grids.resampled,
+        partial_overlap=options.partial_overlap,
+        invert_monochrome1=options.invert_monochrome1,
+        pad_value=_pad_value(options.pad_value),
     )
-    slices_per_task = _slices_per_task(layout, options, workers)
-    return Plan(cohort, layout, slices_per_task, 2 * workers + 1, problems)
+    return Plan(
+        cohort=cohort,
+        layout=layout,
+        grid=grids.grid[placed],
+        slices_per_task=_slices_per_task(layout, _source_bytes(cohort.slices), options, workers),
+        window=2 * workers + 1,
+        problems=grids.problems,
+        notes=grids.notes,
+    )
 
 
 def _check_options(options: ConvertOptions) -> None:
@@ -114,6 +152,9 @@ def _check_options(options: ConvertOptions) -> None:
         ("rule", options.rule, RULES),
         ("codec", options.codec, CODECS),
         ("contour_origin", options.contour_origin, CONTOUR_ORIGINS),
+        ("color", options.color, COLORS),
+        ("partial_overlap", options.partial_overlap, PARTIAL_OVERLAPS),
+        ("dates", options.dates, DATES),
     )
     amounts = ("workers", "memory_limit", "slices_per_task", "max_rejected")
     for name in amounts:
@@ -128,60 +169,43 @@ def _check_options(options: ConvertOptions) -> None:
             raise ConfigurationError(f"{name} is {value!r}, it can be {known}")
 
 
-def _of_one_size(cohort: Cohort) -> tuple[Cohort, tuple[Problem, ...]]:
-    """Keep the images of the size that most outlined ones have (the larger of two as frequent)."""
-    slices = cohort.slices
-    outlined = np.unique(cohort.contours.slice)
-    # without any outline there is nothing to lose by asking all images
-    voters = outlined if len(outlined) else np.arange(len(slices))
-    size_of = list(zip(slices.rows.tolist(), slices.columns.tolist(), strict=True))
-    if len(set(size_of)) <= 1:
-        return cohort, ()
-    sizes = Counter(size_of[i] for i in voters.tolist())
-    rows, columns = max(sizes, key=lambda size: (sizes[size], size))
-    keep = (slices.rows == rows) & (slices.columns == columns)
-    who = "images with outlines" if len(outlined) else "images"
-    problems = tuple(
-        Problem(
-            os.fsdecode(slices.path[i]),
-            Reason.IMAGE_SIZE_DIFFERS,
-            f"(0028,0010) Rows x (0028,0011) Columns is {slices.rows[i]} x {slices.columns[i]}, "
-            f"{sizes[rows, columns]} of {len(voters)} {who} have {rows} x {columns}",
-        )
-        for i in np.flatnonzero(~keep)
-    )
-    return _only(cohort, keep), problems
+def _pad_value(text: str) -> float:
+    """NaN stands for the slice's own minimum."""
+    try:
+        value = math.nan if text == "minimum" else float(text)
+    except ValueError:
+        raise ConfigurationError(
+            f"pad_value is {text!r}, it can be a number or 'minimum'"
+        ) from None
+    if math.isinf(value) or (math.isnan(value) and text != "minimum"):
+        raise ConfigurationError(f"pad_value is {text}, it must be finite")
+    return value
 
 
 def _only(cohort: Cohort, keep: NDArray[np.bool_]) -> Cohort:
-    """The cohort without the slices that `keep` (n,) rules out, and without their outlines."""
-    contours = cohort.contours
-    chosen = keep[contours.slice]
-    renumbered = (np.cumsum(keep) - 1)[contours.slice[chosen]]
+    """The cohort without the slices that `keep` (n,) rules out, and what is drawn on them."""
+    annotations = cohort.annotations.take(keep[cohort.annotations.slice])
+    renumbered = (np.cumsum(keep) - 1)[annotations.slice]
     return replace(
         cohort,
         slices=cohort.slices.take(keep),
-        contours=ContourTable(renumbered, contours.structure[chosen], contours.path[chosen]),
+        headers={name: column.take(keep) for name, column in cohort.headers.items()},
+        annotations=replace(annotations, slice=renumbered),
     )
 
 
 def image_dtype(slices: SliceTable) -> str:
     """The smallest type that holds every rescaled value exactly, as a little-endian NumPy name.
 
-    Integers where all slopes and intercepts are whole and the range that the stored bits allow
-    fits 8 or 16 bits; float32 elsewhere.
+    Integers of up to 32 bits where every value is whole and the range that the headers allow fits;
+    float32 elsewhere.
     """
-    slope, intercept = slices.rescale_slope, slices.rescale_intercept
-    if not (np.all(slope == np.rint(slope)) and np.all(intercept == np.rint(intercept))):
+    if not slices.value_is_whole.all():
         return "<f4"
-    signed = slices.pixel_representation == 1
-    span = np.exp2(slices.bits_stored.astype(np.float64))
-    low = np.where(signed, -span / 2, 0.0)
-    high = low + span - 1
-    ends = np.stack([low * slope + intercept, high * slope + intercept])
+    low, high = slices.value_range[:, 0].min(), slices.value_range[:, 1].max()
     for dtype in _INTEGER_IMAGES:
         limits = np.iinfo(dtype)
-        if limits.min <= ends.min() and ends.max() <= limits.max:
+        if limits.min <= low and high <= limits.max:
             return dtype
     return "<f4"
 
@@ -195,14 +219,22 @@ def mask_dtype(structures: int) -> str:
     )
 
 
-def _slices_per_task(layout: Layout, options: ConvertOptions, workers: int) -> int:
-    limit = options.memory_limit or DEFAULT_WORKER_BYTES
+def _source_bytes(slices: SliceTable) -> int:
+    """Of the largest source image, as it is stored."""
+    samples = slices.samples_per_pixel.astype(np.int64) * slices.bits_allocated
+    return int((slices.rows.astype(np.int64) * slices.columns * samples).max() // 8)
+
+
+def _slices_per_task(
+    layout: Layout, source_bytes: int, options: ConvertOptions, workers: int
+) -> int:
     pixels = layout.rows * layout.columns
-    each = pixels * (
-        _IMAGE_COPIES * np.dtype(layout.image_dtype).itemsize
+    each = source_bytes + pixels * (
+        _IMAGE_COPIES * layout.samples * np.dtype(layout.image_dtype).itemsize
         + _MASK_COPIES * np.dtype(layout.mask_dtype).itemsize
     )
     # Results wait in the window, two or three per worker, while the next task is made.
+    limit = options.memory_limit or max(DEFAULT_WORKER_BYTES, 3 * each)
     most = limit // (3 * each)
     if most < 1:
         raise ConfigurationError(
@@ -223,25 +255,32 @@ def _slices_per_task(layout: Layout, options: ConvertOptions, workers: int) -> i
 def tasks(plan: Plan) -> Iterator[ChunkTask]:
     """Make the tasks one by one, in the order of the output."""
     size = plan.slices_per_task
-    contours = plan.cohort.contours
+    annotations = plan.cohort.annotations
     starts = np.arange(0, plan.layout.slices + size, size)
-    bounds = np.searchsorted(contours.slice, starts)
+    bounds = np.searchsorted(annotations.slice, starts)
     for k, first in enumerate(starts[:-1].tolist()):
         rows = slice(first, min(first + size, plan.layout.slices))
-        outlines = slice(int(bounds[k]), int(bounds[k + 1]))
+        drawn = slice(int(bounds[k]), int(bounds[k + 1]))
         yield ChunkTask(
             first=first,
             root=plan.cohort.root,
             layout=plan.layout,
-            slices=_slice_refs(plan.cohort.slices, rows),
-            contours=_contour_refs(contours, outlines, first),
+            slices=slice_refs(plan.cohort.slices, rows, plan.grid),
+            annotations=annotation_refs(annotations, drawn, first),
         )
 
 
-def _slice_refs(slices: SliceTable, rows: slice) -> SliceRefs:
+def slice_refs(slices: SliceTable, rows: slice, grid: Float64) -> SliceRefs:
+    """What a task needs of some slices; `grid` (n, 4) is that of all."""
+    planes = planes_of(slices.take(rows))
+    frames = slices.number_of_frames[rows]
     return SliceRefs(
         path=_texts(slices.path[rows]),
+        pixel_length=tuple((slices.pixel_length[rows] // frames).tolist()),
         stored_dtype=_stored_dtypes(slices, rows),
+        photometric_interpretation=_texts(slices.photometric_interpretation[rows]),
+        plane_geometry=tuple(map(tuple, planes.tolist())),
+        grid=tuple(map(tuple, grid[rows].tolist())),
         **{name: tuple(getattr(slices, name)[rows].tolist()) for name in _COPIED_COLUMNS},
     )
 
@@ -260,11 +299,16 @@ def _stored_dtypes(slices: SliceTable, rows: slice) -> tuple[str, ...]:
     )
 
 
-def _contour_refs(contours: ContourTable, rows: slice, first: int) -> ContourRefs:
-    return ContourRefs(
-        path=_texts(contours.path[rows]),
-        plane=tuple((contours.slice[rows] - first).tolist()),
-        structure=tuple(contours.structure[rows].tolist()),
+def annotation_refs(annotations: AnnotationTable, rows: slice, first: int) -> AnnotationRefs:
+    """What a task that starts at slice `first` needs of what is drawn on its slices."""
+    return AnnotationRefs(
+        plane=tuple((annotations.slice[rows] - first).tolist()),
+        structure=tuple(annotations.structure[rows].tolist()),
+        layer=tuple(annotations.layer[rows].tolist()),
+        kind=_texts(annotations.kind[rows]),
+        path=_texts(annotations.path[rows]),
+        offset=tuple(annotations.offset[rows].tolist()),
+        length=tuple(annotations.length[rows].tolist()),
     )
 
 

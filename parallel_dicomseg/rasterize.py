@@ -18,6 +18,7 @@ All kernels hold no state and release the GIL: call them from as many threads as
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -146,7 +147,8 @@ def rasterize_batch(
     Parameters
     ----------
     contours : Contours
-        Points in pixels (column, row), finite; rings sorted by plane, then structure.
+        Points in pixels (column, row), finite; rings sorted by plane, structure and layer. The
+        layers of a structure are drawn apart and united.
     masks : (n, rows, columns) uint8, uint16, uint32 or uint64, C-contiguous
         Filled in place; all 0, unless `clear` is given.
     rule : {"center", "pil-outline0", "pil-outline1"}
@@ -166,6 +168,17 @@ def rasterize_batch(
             f"masks are {masks.dtype} of shape {masks.shape}, not a writable C-contiguous array "
             "of unsigned integers (slices, rows, columns)"
         )
+    above = _layers_above(contours)
+    if above.any():
+        _draw_batch(contours.take(above == 0), masks, rule, clear)
+        for place in range(1, int(above.max()) + 1):
+            _draw_over(contours.take(above == place), masks, rule)
+    else:
+        _draw_batch(contours, masks, rule, clear)
+
+
+def _draw_batch(contours: Contours, masks: NDArray[Any], rule: str, clear: bool) -> None:
+    """Draw rings of which each structure has one layer."""
     points, offsets = contours.points_column_row, contours.offsets
     plane, structure = contours.plane, contours.structure
     if rule == "center":
@@ -174,6 +187,29 @@ def rasterize_batch(
         status = _pil_batch(points, offsets, plane, structure, masks, clear, _erodes(rule))
     if status:
         raise ValueError(_STATUS_MESSAGES[status])
+
+
+def _draw_over(contours: Contours, masks: NDArray[Any], rule: str) -> None:
+    """Unite what the rings draw with what is there; only their slices are touched."""
+    planes, place = np.unique(contours.plane, return_inverse=True)
+    drawn = np.zeros((len(planes), *masks.shape[1:]), masks.dtype)
+    _draw_batch(replace(contours, plane=place.astype(np.int64)), drawn, rule, clear=False)
+    masks[planes] |= drawn
+
+
+def _layers_above(contours: Contours) -> Int64:
+    """(r,) how many layers of its structure and slice lie before each ring's own."""
+    above = np.zeros(len(contours.plane), np.int64)
+    layer = contours.layer
+    if layer is None or not len(layer):
+        return above
+    same = (np.diff(contours.plane) == 0) & (np.diff(contours.structure) == 0)
+    steps = (np.diff(layer) != 0) & same
+    if steps.any():
+        total = np.concatenate([[0], np.cumsum(steps)])
+        starts = np.concatenate([[True], ~same])
+        above = total - total[starts][np.cumsum(starts) - 1]
+    return above
 
 
 def _erodes(rule: str) -> bool:

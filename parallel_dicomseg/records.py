@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Self
@@ -14,6 +16,8 @@ Float64 = NDArray[np.float64]
 Int32 = NDArray[np.int32]
 Int64 = NDArray[np.int64]
 UInt8 = NDArray[np.uint8]
+Index = NDArray[Any] | slice
+"""Rows of a table: integers, booleans or a range."""
 
 
 class Reason(StrEnum):
@@ -30,15 +34,20 @@ class Reason(StrEnum):
     BAD_CONTOUR = "bad-contour"
     CONTOUR_WITHOUT_IMAGE = "contour-without-image"
     AMBIGUOUS_IMAGE = "ambiguous-image"
-    DUPLICATE_CONTOUR = "duplicate-contour"
-    REPEATED_CONTOUR = "repeated-contour"
+    DUPLICATE = "duplicate"
+    REPEATED = "repeated"
     IMAGE_REJECTED = "image-rejected"
-    PATIENT_WITHOUT_IMAGES = "patient-without-images"
-    PATIENT_WITHOUT_CONTOURS = "patient-without-contours"
+    ANNOTATION_WITHOUT_IMAGES = "annotation-without-images"
+    IMAGES_WITHOUT_ANNOTATION = "images-without-annotation"
     UNLINKED_FOLDER = "unlinked-folder"
     OUTSIDE_DATA_DIRECTORY = "outside-data-directory"
     STRAY_FILE = "stray-file"
     ALTERNATIVE_SERIES = "alternative-series"
+    NOT_AN_IMAGE = "not-an-image"
+    LOCALIZER = "localizer"
+    SERIES_IRREGULAR = "series-irregular"
+    NO_AREA = "no-area"
+    PARTIAL_OVERLAP = "partial-overlap"
 
 
 #: Reasons that are worth a line but cost nothing: they never change the exit status.
@@ -46,10 +55,15 @@ HARMLESS_REASONS = frozenset(
     {
         Reason.STRAY_FILE,
         Reason.ALTERNATIVE_SERIES,
-        Reason.REPEATED_CONTOUR,
+        Reason.REPEATED,
         Reason.IMAGE_REJECTED,
-        Reason.PATIENT_WITHOUT_CONTOURS,
+        Reason.IMAGES_WITHOUT_ANNOTATION,
         Reason.UNLINKED_FOLDER,
+        Reason.NOT_AN_IMAGE,
+        Reason.LOCALIZER,
+        Reason.SERIES_IRREGULAR,
+        Reason.NO_AREA,
+        Reason.PARTIAL_OVERLAP,
     }
 )
 
@@ -77,28 +91,39 @@ class SliceTable:
     path: Bytes
     """(n,) bytes: the file, relative to the cohort's root, '/' between the parts, os.fsencode-d."""
     patient_id: Bytes
-    """(n,) bytes: the cohort's own name of the patient (link.csv, folder or PatientID)."""
+    """(n,) bytes: the cohort's own name of the patient (link.csv, PatientID or folder)."""
     frame: Int32
     """(n,) frame inside the file, from 0."""
+    number_of_frames: Int32
+    """(n,) frames of the file, at least 1."""
     file_size: Int64
     """(n,) bytes, when the header was read."""
     pixel_offset: Int64
-    """(n,) offset of this frame's native pixel data in the file; -1: take the slow path."""
+    """(n,) offset of this frame's pixels in the file where they are plain little-endian numbers of
+    8, 16 or 32 bits, one sample, high bit = bits stored - 1 and no lookup table; -1: slow path."""
     pixel_length: Int64
     """(n,) length in bytes that the header gives for the file's pixel data; -1 where undefined."""
     transfer_syntax_uid: Bytes
+    sop_class_uid: Bytes
     rows: Int32
     columns: Int32
     samples_per_pixel: Int32
+    """(n,) samples of a decoded pixel: 1, or 3 for colour (a palette is colour)."""
     bits_allocated: Int32
     bits_stored: Int32
     pixel_representation: Int32
     """(n,) 0 unsigned, 1 two's complement (DICOM PS3.3 C.7.6.3.1.2)."""
     photometric_interpretation: Bytes
+    image_type: Bytes
+    """(n,) (0008,0008) as in the file, values separated by a backslash."""
     rescale_slope: Float64
     """(n,) 1.0 where the file has none."""
     rescale_intercept: Float64
     """(n,) 0.0 where the file has none."""
+    value_range: Float64
+    """(n, 2) lowest and highest value that a rescaled pixel may have; infinite where unknown."""
+    value_is_whole: NDArray[np.bool_]
+    """(n,) whether every rescaled value is an integer."""
     modality: Bytes
     study_instance_uid: Bytes
     series_instance_uid: Bytes
@@ -106,6 +131,10 @@ class SliceTable:
     frame_of_reference_uid: Bytes
     instance_number: Int64
     """(n,) -1 where the file has none."""
+    acquisition_number: Int64
+    """(n,) -1 where the file has none."""
+    temporal_position: Float64
+    """(n,) Temporal Position Identifier, else Trigger Time (ms); NaN where the file has neither."""
     image_position_patient: Float64
     """(n, 3) mm, centre of pixel (row 0, column 0) in patient coordinates; NaN where absent."""
     image_orientation_patient: Float64
@@ -114,11 +143,19 @@ class SliceTable:
     """(n, 2) mm between rows, then between columns; NaN where absent."""
     slice_thickness: Float64
     """(n,) mm; NaN where absent."""
+    volume: Int32
+    """(n,) which volume of the cohort: slices of one series, orientation, size and time, ordered
+    by position; -1 until volumes.py has assigned it."""
+    annotated: NDArray[np.uint64]
+    """(n,) bit s: somebody looked for structure s on this slice, so an empty mask means absent.
+    Outlines that lie on a slice add their own bit during the conversion."""
+    split: Bytes
+    """(n,) 'train', 'validation' or 'test'; '' without a split."""
 
     def __len__(self) -> int:
         return len(self.path)
 
-    def take(self, index: NDArray[Any]) -> Self:
+    def take(self, index: Index) -> Self:
         """The rows that `index` selects (integers or booleans), in its order."""
         return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
@@ -131,18 +168,85 @@ class SliceTable:
 
 
 @dataclass(frozen=True, slots=True)
-class ContourTable:
-    """Where the outlines of a cohort lie: one row per ring, sorted by (slice, structure, path)."""
+class HeaderColumn:
+    """One DICOM attribute of the n images: few different values, so each is kept once."""
+
+    values: Bytes
+    """(k,) the different values as text, several separated by a backslash; b'' where absent."""
+    code: Int32
+    """(n,) which of `values` each image has."""
+
+    def take(self, index: NDArray[Any]) -> HeaderColumn:
+        """The rows that `index` selects."""
+        return HeaderColumn(self.values, self.code[index])
+
+
+Headers = dict[str, HeaderColumn]
+"""DICOM attributes by keyword ('EchoTime'), each with one row per image of a SliceTable."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScannedFile:
+    """A file that holds no image to convert, but may hold annotations."""
+
+    path: str
+    """Relative to the cohort's root, '/' between the parts."""
+    sop_class_uid: str
+    """What kind of DICOM object it is; '' where it is no DICOM file."""
+    file_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Annotation:
+    """One structure as one file draws it on images: r rings or frames."""
+
+    kind: str
+    """Name of the source that reads it, e.g. 'rtstruct'."""
+    path: str
+    """The annotation file, relative to the cohort's root."""
+    name: str
+    """The structure as the file spells it (stripped of blanks at the ends)."""
+    found_by: str
+    """How image and annotation were found to belong together: 'reference', 'frame-of-reference',
+    'geometry' or 'number'."""
+    looked_at: Int64
+    """(k,) rows of the SliceTable on which the structure was looked for: the whole volume."""
+    slice: Int64
+    """(r,) row of the SliceTable that each ring or frame lies on."""
+    offset: Int64
+    """(r,) where it is in the file; its meaning is the source's own."""
+    length: Int64
+    """(r,) how long it is in the file; its meaning is the source's own."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotationTable:
+    """What is drawn on the images of a cohort: one row per ring or frame.
+
+    Sorted by (slice, structure, layer, kind, path, offset).
+    """
 
     slice: Int64
     """(r,) row of the cohort's SliceTable."""
     structure: Int32
     """(r,) index into the cohort's structures."""
+    layer: Int32
+    """(r,) rings of one layer are combined by parity, the layers of a structure are united."""
+    kind: Bytes
+    """(r,) name of the source that reads it, e.g. b'sunnybrook'."""
     path: Bytes
-    """(r,) bytes: the text file, relative to the cohort's root, os.fsencode-d."""
+    """(r,) bytes: the file, relative to the cohort's root, os.fsencode-d."""
+    offset: Int64
+    """(r,) where it is in the file; its meaning is the source's own."""
+    length: Int64
+    """(r,) how long it is in the file; its meaning is the source's own."""
 
     def __len__(self) -> int:
         return len(self.path)
+
+    def take(self, index: Index) -> Self:
+        """The rows that `index` selects (integers or booleans), in its order."""
+        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,8 +264,12 @@ class Cohort:
     nested: tuple[tuple[int, int], ...]
     """Pairs (inner, outer) of structures: the inner one must lie inside the outer one."""
     slices: SliceTable
-    """The images to convert, in the order of the output."""
-    contours: ContourTable
+    """The images to convert, in the order of the output: patient, series, volume, position."""
+    annotations: AnnotationTable
+    headers: Headers
+    """Attributes of the images, row by row those of `slices`."""
+    found_by: dict[str, int]
+    """How many annotations were paired with images in which way."""
     problems: tuple[Problem, ...]
 
 
@@ -177,6 +285,51 @@ class Contours:
     """(r,) which slice of the batch; ascending."""
     structure: Int32
     """(r,) which structure; ascending within a plane."""
+    layer: Int32 | None = None
+    """(r,) ascending within a structure: parity within a layer, union of layers; None: one layer
+    each."""
+
+    def __len__(self) -> int:
+        return len(self.plane)
+
+    def take(self, index: NDArray[Any]) -> Contours:
+        """The rings that `index` selects (integers or booleans), in its order."""
+        rings = np.flatnonzero(index) if index.dtype == bool else index
+        lengths = np.diff(self.offsets)[rings]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        point = np.repeat(self.offsets[:-1][rings] - offsets[:-1], lengths)
+        return Contours(
+            points_column_row=self.points_column_row[point + np.arange(offsets[-1])],
+            offsets=offsets,
+            plane=self.plane[rings],
+            structure=self.structure[rings],
+            layer=None if self.layer is None else self.layer[rings],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Bitmap:
+    """One annotation that comes as pixels, on the grid of its image as it is in the file."""
+
+    plane: int
+    """Which slice of the batch."""
+    structure: int
+    mask: NDArray[np.bool_]
+    """(rows, columns) of the source image."""
+
+
+@dataclass(frozen=True, slots=True)
+class Drawn:
+    """What a source read for the r annotations of a batch."""
+
+    contours: Contours
+    """In pixels of the source images; sorted by (plane, structure, layer)."""
+    bitmaps: Iterable[Bitmap]
+    """Read one by one, so that only one is in memory at a time."""
+    digest: NDArray[np.uint64]
+    """(r,) digest of the bytes that were read, to find copies; 0: nothing usable."""
+    problems: tuple[tuple[int, Reason, str], ...]
+    """Which of the r annotations, why and what is wrong; no patient identity."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +353,8 @@ FLAGS = (
     "inner-not-inside-outer",
     "identical-contours",
     "pixel-data-longer-than-header",
+    "cut-by-crop",
+    "gap-before-slice",
 )
 
 
@@ -227,6 +382,15 @@ class Layout:
     keep_identity: bool
     source: str
     checks: Checks = field(default_factory=Checks)
+    samples: int = 1
+    """3: /images has a last axis of red, green and blue."""
+    resampled: bool = False
+    """Whether images were interpolated onto another spacing."""
+    partial_overlap: str = "xor"
+    """What two rings of one structure that partly overlap give: 'xor', 'union' or 'refuse'."""
+    invert_monochrome1: bool = False
+    pad_value: float = math.nan
+    """What lies outside the source image; NaN: the slice's own minimum."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,23 +409,45 @@ class SliceRefs:
     bits_stored: tuple[int, ...]
     rescale_slope: tuple[float, ...]
     rescale_intercept: tuple[float, ...]
+    rows: tuple[int, ...]
+    """Of the source image."""
+    columns: tuple[int, ...]
+    photometric_interpretation: tuple[str, ...]
+    plane_geometry: tuple[tuple[float, ...], ...]
+    """Each 11 floats: ImagePositionPatient (3), ImageOrientationPatient (6), PixelSpacing (2)."""
+    grid: tuple[tuple[float, float, float, float], ...]
+    """Each: row and column, in pixels of the source image, of the centre of the stored image's
+    first pixel, then the step between stored rows and between stored columns. (0, 0, 1, 1) with
+    the source's size is the image as it is."""
+    annotated: tuple[int, ...]
+    """Bit s: structure s was looked for on this slice."""
 
     def __len__(self) -> int:
         return len(self.path)
 
 
 @dataclass(frozen=True, slots=True)
-class ContourRefs:
-    """The r outlines of a task, column by column, sorted by (plane, structure)."""
+class AnnotationRefs:
+    """The r annotations of a task, column by column, sorted as in the AnnotationTable."""
 
-    path: tuple[str, ...]
-    """Relative to the cohort's root."""
     plane: tuple[int, ...]
     """Which slice of the task."""
     structure: tuple[int, ...]
+    layer: tuple[int, ...]
+    kind: tuple[str, ...]
+    path: tuple[str, ...]
+    """Relative to the cohort's root."""
+    offset: tuple[int, ...]
+    length: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.path)
+
+    def take(self, index: Sequence[int]) -> AnnotationRefs:
+        """The rows that `index` selects, in its order."""
+        return AnnotationRefs(
+            *(tuple(getattr(self, f.name)[i] for i in index) for f in fields(self))
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,7 +459,7 @@ class ChunkTask:
     root: str
     layout: Layout
     slices: SliceRefs
-    contours: ContourRefs
+    annotations: AnnotationRefs
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,6 +482,9 @@ class Measured:
     """(n, 4) minimum, maximum, mean, standard deviation of the stored image."""
     flags: NDArray[np.uint16]
     """(n,) bit k: FLAGS[k]."""
+    cropped: Int64
+    """(n, s) pixels of the mask, on the stored grid, that lie in the source image but outside the
+    stored one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -332,18 +521,57 @@ class ScanOptions:
     """Only this folder of outlines under each patient (the original script's setting), or ''."""
     workers: int = 0
     """Threads that read headers; 0: one per core."""
+    aliases: str = ""
+    """TOML file of structure names and what they are called elsewhere, or ''."""
+    case_sensitive: bool = False
+    """Whether 'Heart' and 'heart' are two structures."""
+    several: str = "merge"
+    """Where several names of one file match one structure: 'merge', 'first' or 'separate'."""
+    readers: str = "each"
+    """Several readers of one image (LIDC): 'each' a structure of its own, or 'consensus'."""
+    agreement: float = 0.5
+    """Fraction of the readers who must have marked a pixel, for 'consensus'."""
+    fractional_threshold: float = 0.0
+    """A pixel of a fractional SEG is in where it exceeds this fraction."""
+    split: tuple[float, ...] = ()
+    """Fractions of the patients for train, validation and test; empty: no split."""
+    seed: int = 0
+    """Of the split."""
+    stratify: bool = False
+    """Whether every structure is spread over the parts of the split evenly."""
 
 
 @dataclass(frozen=True, slots=True)
 class ConvertOptions:
-    """How a cohort is converted. Only `rule`, `contour_origin`, `codec`, `keep_identity` and
-    `checks` change the output.
+    """How a cohort is converted. What comes before `scheduler` changes the output, the rest does
+    not.
     """
 
     rule: str = "center"
     contour_origin: float = 0.0
+    """Of outlines in pixels; outlines in mm have none."""
     codec: str = "deflate"
+    spacing: tuple[float, ...] = ()
+    """mm between rows and between columns (one number: both); empty: as the images are."""
+    size: tuple[int, ...] = ()
+    """Rows and columns of the output; empty: the largest image."""
+    fit: str = "center"
+    """What the output is centred on: 'center' of the image or 'structure'."""
+    pad_value: str = "minimum"
+    """What lies outside the source image: a number, or 'minimum': the slice's own."""
+    color: str = "luminance"
+    """Colour images as 'luminance', or 'samples': red, green and blue."""
+    invert_monochrome1: bool = False
+    """Turn MONOCHROME1 round, so that the highest value is white everywhere."""
+    partial_overlap: str = "xor"
+    """What two rings of one structure that partly overlap give: 'xor', 'union' or 'refuse'."""
     keep_identity: bool = False
+    key_file: str = ""
+    """Names are keyed hashes, the same in every run with this file; made where missing."""
+    dates: str = "drop"
+    """'drop', or 'shift' each patient's by a number of days that the key file decides."""
+    hash_paths: bool = False
+    """Whether the rejected list and messages name files by a hash of their path."""
     checks: Checks = field(default_factory=Checks)
     scheduler: str = "threads"
     """'synchronous', 'threads', 'processes', 'distributed', a scheduler's address or file."""
@@ -392,6 +620,8 @@ class Summary:
     seconds: float
     bytes_written: int
     max_rejected: int = 0
+    notes: tuple[str, ...] = ()
+    """What was done to the images that nobody asked for by name: padded, cropped, resampled."""
 
     @property
     def rejected(self) -> int:

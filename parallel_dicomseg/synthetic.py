@@ -201,7 +201,7 @@ def replicate_cohort(source_root: str | Path, directory: str | Path, slices: int
     images = [path.decode() for path in cohort.slices.path.tolist()]
     if not images:
         raise ConfigurationError(f"{source_root}: no annotated image to copy")
-    contours = [path.decode() for path in cohort.contours.path.tolist()]
+    contours = [path.decode() for path in cohort.annotations.path.tolist()]
     copies = range(1, math.ceil(slices / len(images)) + 1)
     for path in (*images, *contours):
         content = (Path(cohort.root) / path).read_bytes()
@@ -211,7 +211,7 @@ def replicate_cohort(source_root: str | Path, directory: str | Path, slices: int
             target.write_bytes(content)
     links = {
         (images[row].split("/")[1], contour.split("/")[1])
-        for row, contour in zip(cohort.contours.slice.tolist(), contours, strict=True)
+        for row, contour in zip(cohort.annotations.slice.tolist(), contours, strict=True)
     }
     _write_links(
         root,

@@ -15,8 +15,19 @@ from typing import Any
 
 import click
 import numpy as np
+from numpy.typing import NDArray
 
-from parallel_dicomseg.records import Cohort, Problem, Progress, Summary
+from parallel_dicomseg.dicom.decoders import DECODERS, missing_decoders
+from parallel_dicomseg.geometry import normal_of
+from parallel_dicomseg.records import (
+    Bytes,
+    Cohort,
+    Problem,
+    Progress,
+    Reason,
+    SliceTable,
+    Summary,
+)
 from parallel_dicomseg.report.inspection import LISTED_PROBLEMS, printable
 
 Watch = Callable[[Progress], None]
@@ -25,68 +36,205 @@ Watch = Callable[[Progress], None]
 LINE_SECONDS = 2.0
 
 
+#: How many different sizes, spacings and the like are named.
+NAMED_VALUES = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Extent:
+    """How much there is of something."""
+
+    images: int
+    volumes: int
+    patients: int
+
+
 @dataclass(frozen=True, slots=True)
 class Inventory:
-    """What a scan found, counted."""
+    """What a scan found, counted. No identity but in the paths of problems."""
 
     source: str
+    patients: int
+    studies: int
+    series: int
+    volumes: int
     images: int
     """Images to convert."""
-    patients: int
-    series: int
+    modalities: dict[str, int]
+    """Images by modality; '' where the file has none."""
     sizes: dict[str, int]
     """Images by 'rows x columns'."""
     pixel_spacings: dict[str, int]
     """Images by 'between rows x between columns', mm."""
-    structures: dict[str, int]
-    """Images with an outline, by structure, in bit order."""
+    slice_distances: dict[str, int]
+    """Volumes by the median distance between their slices, mm along the normal."""
+    transfer_syntaxes: dict[str, int]
+    """Images by the name of the transfer syntax."""
+    missing_decoders: dict[str, str]
+    """What to install, by the name of each transfer syntax that cannot be decoded here."""
+    structures: dict[str, Extent]
+    """Where each structure is drawn, in bit order."""
+    looked_for: dict[str, int]
+    """Images on which somebody looked for each structure, drawn or not."""
+    split: dict[str, Extent]
+    """By part; empty without a split."""
+    found_by: dict[str, int]
+    """Annotations by the way in which their images were found."""
+    annotations_without_images: int
+    """Files and structures of which something lies on no image."""
+    images_without_annotation: int
+    """Series, or patients, of which nothing is converted."""
     problems: tuple[Problem, ...]
 
 
 def take_inventory(cohort: Cohort) -> Inventory:
     """Count what is in a cohort."""
-    slices, contours = cohort.slices, cohort.contours
-    spacing = [
-        "unknown" if math.isnan(row[0]) else f"{row[0]:.7g} x {row[1]:.7g} mm"
-        for row in slices.pixel_spacing.tolist()
-    ]
-    sizes = [
-        f"{r} x {c}" for r, c in zip(slices.rows.tolist(), slices.columns.tolist(), strict=True)
-    ]
+    slices, reasons = cohort.slices, Counter(problem.reason for problem in cohort.problems)
+    syntaxes = Counter(_texts(slices.transfer_syntax_uid))
+    missing = missing_decoders(syntaxes)
+    drawn, looked_for = _structures(cohort)
     return Inventory(
         source=cohort.source,
+        patients=_different(slices.patient_id),
+        studies=_different(slices.study_instance_uid),
+        series=_different(slices.series_instance_uid),
+        volumes=_different(slices.volume),
         images=len(slices),
-        patients=len(set(slices.patient_id.tolist())),
-        series=len(set(slices.series_instance_uid.tolist())),
-        sizes=dict(Counter(sizes).most_common()),
-        pixel_spacings=dict(Counter(spacing).most_common()),
-        structures={
-            name: len(np.unique(contours.slice[contours.structure == bit]))
-            for bit, name in enumerate(cohort.structures)
+        modalities=_most_common(_texts(slices.modality)),
+        sizes=_most_common(map("{} x {}".format, slices.rows, slices.columns)),
+        pixel_spacings=_most_common(map(_spacing_text, slices.pixel_spacing.tolist())),
+        slice_distances=_most_common(map(_distance_text, _slice_distances(slices))),
+        transfer_syntaxes={_syntax_name(uid): count for uid, count in syntaxes.most_common()},
+        missing_decoders={_syntax_name(uid): what for uid, what in missing.items()},
+        structures=drawn,
+        looked_for=looked_for,
+        split={
+            part: _extent(slices, np.flatnonzero(slices.split == part.encode()))
+            for part in _most_common(_texts(slices.split))
+            if part
         },
+        found_by=cohort.found_by,
+        annotations_without_images=(
+            reasons[Reason.ANNOTATION_WITHOUT_IMAGES] + reasons[Reason.CONTOUR_WITHOUT_IMAGE]
+        ),
+        images_without_annotation=reasons[Reason.IMAGES_WITHOUT_ANNOTATION],
         problems=cohort.problems,
     )
 
 
+def _texts(column: Bytes) -> list[str]:
+    return [os.fsdecode(value) for value in column.tolist()]
+
+
+def _different(column: NDArray[Any]) -> int:
+    return len(np.unique(column))
+
+
+def _most_common(texts: Iterable[str]) -> dict[str, int]:
+    return dict(Counter(texts).most_common())
+
+
+def _spacing_text(spacing: list[float]) -> str:
+    return "unknown" if math.isnan(spacing[0]) else f"{spacing[0]:.7g} x {spacing[1]:.7g} mm"
+
+
+def _distance_text(distance: float | None) -> str:
+    if distance is None:
+        return "single slice"
+    return "unknown" if math.isnan(distance) else f"{distance:.4g} mm"
+
+
+def _syntax_name(uid: str) -> str:
+    return DECODERS[uid].name if uid in DECODERS else uid
+
+
+def _slice_distances(slices: SliceTable) -> Iterator[float | None]:
+    """The median distance of each volume's slices along its normal; None for a single one."""
+    heads = np.flatnonzero(np.diff(slices.volume, prepend=-1))
+    for rows in np.split(np.arange(len(slices)), heads[1:]):
+        if len(rows) < 2:
+            yield None
+            continue
+        normal = normal_of(slices.image_orientation_patient[rows[0]])
+        yield float(np.median(np.abs(np.diff(slices.image_position_patient[rows] @ normal))))
+
+
+def _extent(slices: SliceTable, rows: NDArray[Any]) -> Extent:
+    return Extent(
+        images=len(rows),
+        volumes=_different(slices.volume[rows]),
+        patients=_different(slices.patient_id[rows]),
+    )
+
+
+def _structures(cohort: Cohort) -> tuple[dict[str, Extent], dict[str, int]]:
+    """Where each structure is drawn, and on how many images it was looked for."""
+    slices, annotations = cohort.slices, cohort.annotations
+    drawn: dict[str, Extent] = {}
+    looked_for: dict[str, int] = {}
+    for structure, name in enumerate(cohort.structures):
+        rows = np.unique(annotations.slice[annotations.structure == structure])
+        drawn[name] = _extent(slices, rows)
+        looked = (slices.annotated >> np.uint64(min(structure, 63))) & np.uint64(1) != 0
+        looked[rows] = True
+        looked_for[name] = int(looked.sum())
+    return drawn, looked_for
+
+
 def render_inventory(inventory: Inventory) -> str:
     """An inventory for a person."""
-    rows = [
-        ("source", inventory.source),
-        ("patients", str(inventory.patients)),
-        ("series", str(inventory.series)),
-        ("images to convert", str(inventory.images)),
-        ("sizes", _counts(inventory.sizes)),
-        ("pixel spacings", _counts(inventory.pixel_spacings)),
-        ("structures", _counts(inventory.structures)),
-        ("problems", str(len(inventory.problems) or "nothing")),
+    i = inventory
+    facts = [
+        ("source", i.source),
+        ("patients", str(i.patients)),
+        ("studies", str(i.studies)),
+        ("series", str(i.series)),
+        ("volumes", str(i.volumes)),
+        ("images to convert", str(i.images)),
+        ("modalities", _few({name or "unknown": n for name, n in i.modalities.items()})),
+        ("sizes", _few(i.sizes)),
+        ("pixel spacings", _few(i.pixel_spacings)),
+        ("slice distances", _few(i.slice_distances)),
+        ("transfer syntaxes", _few(i.transfer_syntaxes)),
+        ("annotations found by", _few(i.found_by)),
+        ("annotations without images", str(i.annotations_without_images or "none")),
+        ("series without annotation", str(i.images_without_annotation or "none")),
+        *(("not decodable here", f"{name}: {what}") for name, what in i.missing_decoders.items()),
     ]
-    lines = [columns_of_text(rows)]
-    for reason, problems in _by_reason(inventory.problems).items():
-        lines.append(f"{reason}: {len(problems)}")
-        lines += [printable(f"  {p.path}: {p.detail}") for p in problems[:LISTED_PROBLEMS]]
-        if len(problems) > LISTED_PROBLEMS:
-            lines.append(f"  and {len(problems) - LISTED_PROBLEMS} more, see --json")
-    return "\n".join(lines)
+    blocks = [columns_of_text(facts), _structure_table(i)]
+    if i.split:
+        rows = [(part, *_counted(extent)) for part, extent in i.split.items()]
+        blocks.append(columns_of_text([("part", "images", "volumes", "patients"), *rows]))
+    problems = [f"problems  {len(i.problems) or 'none'}"]
+    for reason, same in _by_reason(i.problems).items():
+        harmless = "" if same[0].is_rejection else " (harmless)"
+        problems.append(f"{reason}: {len(same)}{harmless}")
+        problems += [printable(f"  {p.path}: {p.detail}") for p in same[:LISTED_PROBLEMS]]
+        if len(same) > LISTED_PROBLEMS:
+            problems.append(f"  and {len(same) - LISTED_PROBLEMS} more, see --json")
+    return "\n\n".join([*blocks, "\n".join(problems)])
+
+
+def _structure_table(inventory: Inventory) -> str:
+    if not inventory.structures:
+        return "structures  none"
+    rows = [
+        (name, *_counted(extent), str(inventory.looked_for[name]))
+        for name, extent in inventory.structures.items()
+    ]
+    heading = ("structure", "images", "volumes", "patients", "looked for on images")
+    return columns_of_text([heading, *rows])
+
+
+def _counted(extent: Extent) -> tuple[str, str, str]:
+    return str(extent.images), str(extent.volumes), str(extent.patients)
+
+
+def _few(counts: Mapping[str, int]) -> str:
+    """The first few of what is counted."""
+    more = len(counts) - NAMED_VALUES
+    named = _counts(dict(list(counts.items())[:NAMED_VALUES]))
+    return f"{named} and {more} more" if more > 0 else named
 
 
 def summarize(record: Any) -> dict[str, Any]:

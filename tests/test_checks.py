@@ -428,6 +428,7 @@ class Slice(NamedTuple):
     residual: tuple[float, float] = (0.02, 0.02)
     rings: tuple[int, int] = (1, 1)
     longer: bool = False
+    cropped: int = 0
 
 
 @pytest.mark.parametrize(
@@ -446,8 +447,8 @@ class Slice(NamedTuple):
         (Slice(area=(200, 300), outside=3), ["inner-not-inside-outer"]),
         (Slice(longer=True), ["pixel-data-longer-than-header"]),
         (
-            Slice((900, 0), (3, 0), 900, (0.5, 0.5), (1, 1), True),
-            [name for name in FLAGS if name != "identical-contours"],
+            Slice((900, 0), (3, 0), 900, (0.5, 0.5), (1, 1), True, 1),
+            [name for name in FLAGS if name not in ("identical-contours", "gap-before-slice")],
         ),
     ],
 )
@@ -462,6 +463,7 @@ def test_each_flag_has_its_reason(one: Slice, expected: list[str]) -> None:
         nested=((0, 1),),
         pixels=1000,
         longer_than_header=np.array([one.longer]),
+        cropped=np.array([[one.cropped, 0]]),
         checks=Checks(max_mask_fraction=0.5, max_ellipse_residual=0.1, max_outside_fraction=0.01),
     )
 
@@ -494,16 +496,48 @@ def test_identical_contours_are_found_across_patients(
     assert slow_identical_contours(digest, patient) == found.tolist()
 
 
+def test_bitmaps_and_other_organs_get_no_flags_of_rings() -> None:
+    """Pixels may come in many pieces, and only what should be an ellipse is compared with one."""
+    masks = np.zeros((2, 9, 9), np.uint8)
+    masks[0, ::4, ::4] = 1
+    cross = [(2, 0), (4, 0), (3, 3), (6, 2), (6, 4), (3, 5), (4, 8), (2, 8), (2, 5), (0, 4), (0, 2)]
+    contours = rings(np.array(cross, float), plane=[1], structure=[0])
+    masks[1, :2, :2] = 1
+
+    def flagged(elliptic: bool) -> list[list[str]]:
+        measured = measure(
+            np.ones(masks.shape, np.int16),
+            masks,
+            contours,
+            contour_digest=np.zeros((2, 1), np.uint64),
+            longer_than_header=np.zeros(2, bool),
+            cropped=np.array([[0], [3]]),
+            elliptic=np.array([elliptic]),
+            bitmaps=np.array([[0, 0]]),
+            nested=(),
+            checks=Checks(max_ellipse_residual=1e-6),
+        )
+        assert measured.annotated.all()
+        assert measured.components.tolist() == [[9], [1]]
+        return flag_names(measured.flags)
+
+    assert flagged(elliptic=False) == [[], ["cut-by-crop"]]
+    assert flagged(elliptic=True) == [[], ["not-an-ellipse", "cut-by-crop"]]
+
+
 def test_measure_takes_a_task_without_any_outline() -> None:
     """A batch of images alone gives their intensities, and no flag."""
     measured = measure(
         np.ones((2, 6, 7), np.int16),
         np.zeros((2, 6, 7), np.uint8),
         rings(),
-        np.zeros((2, 3), np.uint64),
-        np.zeros(2, bool),
-        ((0, 1),),
-        Checks(),
+        contour_digest=np.zeros((2, 3), np.uint64),
+        longer_than_header=np.zeros(2, bool),
+        cropped=np.zeros((2, 3), np.int64),
+        elliptic=np.empty(0, bool),
+        bitmaps=np.empty((0, 2), np.int64),
+        nested=((0, 1),),
+        checks=Checks(),
     )
 
     assert not measured.annotated.any()
@@ -562,7 +596,16 @@ def test_real_outlines_are_flagged_where_something_is_wrong(outlines: list[Outli
     checks = Checks(max_ellipse_residual=0.1, max_outside_fraction=0.01)
 
     measured = measure(
-        np.zeros(masks.shape, np.int16), masks, contours, digest, longer, ((0, 1),), checks
+        np.zeros(masks.shape, np.int16),
+        masks,
+        contours,
+        contour_digest=digest,
+        longer_than_header=longer,
+        cropped=np.zeros((len(planes), 2), np.int64),
+        elliptic=np.ones(len(plane), bool),
+        bitmaps=np.empty((0, 2), np.int64),
+        nested=((0, 1),),
+        checks=checks,
     )
 
     patients = sorted({patient for patient, _ in planes})

@@ -1,53 +1,16 @@
 """The plan: integers only, so most of these are small tables."""
 
-from dataclasses import fields
+from dataclasses import replace
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tables import cohort, slice_table
 
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.plan import image_dtype, make_plan, mask_dtype, tasks
-from parallel_dicomseg.records import (
-    Checks,
-    Cohort,
-    ContourTable,
-    ConvertOptions,
-    Reason,
-    SliceTable,
-)
-
-DEFAULTS = {
-    "file_size": 1 << 20,
-    "pixel_offset": 1000,
-    "pixel_length": 8192,
-    "rows": 64,
-    "columns": 64,
-    "samples_per_pixel": 1,
-    "bits_allocated": 16,
-    "bits_stored": 16,
-    "pixel_representation": 1,
-    "rescale_slope": 1.0,
-    "rescale_intercept": 0.0,
-}
-
-
-def slice_table(n, **columns):
-    """A table of n usual slices, with some columns given."""
-    paths = np.array([f"{k}.dcm".encode() for k in range(n)], np.bytes_)
-    table = {field.name: np.zeros(n) for field in fields(SliceTable)} | {"path": paths}
-    for name, value in (DEFAULTS | columns).items():
-        table[name] = np.broadcast_to(np.asarray(value), (n,)).copy()
-    return SliceTable(**table)
-
-
-def cohort(slices, outlines=()):
-    """A cohort with outlines given as (slice, structure)."""
-    place = np.array(outlines, np.int64).reshape(-1, 2)
-    paths = np.array([f"{s}-{k}.txt".encode() for s, k in outlines], "S16")
-    contours = ContourTable(place[:, 0], place[:, 1].astype(np.int32), paths)
-    return Cohort("/cohort", "test", False, ("i", "o"), ((0, 1),), slices, contours, ())
+from parallel_dicomseg.records import Checks, ConvertOptions, Reason
 
 
 @given(
@@ -66,71 +29,75 @@ def test_tasks_hold_every_slice_and_every_outline_once_in_order(n, size, places)
     assert [
         (task.first + plane, structure)
         for task in made
-        for plane, structure in zip(task.contours.plane, task.contours.structure, strict=True)
+        for plane, structure in zip(task.annotations.plane, task.annotations.structure, strict=True)
     ] == places
-    assert all(0 <= plane < len(task.slices) for task in made for plane in task.contours.plane)
+    assert all(0 <= plane < len(task.slices) for task in made for plane in task.annotations.plane)
 
 
-def test_images_of_another_size_are_rejected_with_both_numbers():
-    """The most frequent size stays; outlines of the others go, those of the rest are renumbered."""
+def test_images_of_several_sizes_are_padded_to_the_largest():
+    """Nothing is lost, and the plan says what was done."""
     rows = np.array([64, 32, 64])
 
+    plan = make_plan(cohort(slice_table(3, rows=rows), [(1, 0)]), ConvertOptions(), 1)
+
+    assert (plan.layout.rows, plan.layout.columns, plan.layout.slices) == (64, 64, 3)
+    assert plan.grid.tolist() == [[0, 0, 1, 1], [-16, 0, 1, 1], [0, 0, 1, 1]]
+    assert plan.notes == ("1 of 3 images were padded to 64 x 64 (sizes 64 x 64, 32 x 64)",)
+    assert [task.slices.rows for task in tasks(plan)] == [(64,), (32,), (64,)]
+
+
+def test_an_image_without_spacing_has_no_place_on_a_grid_in_mm():
+    """It is rejected with the tag; what is drawn on the others is renumbered."""
+    spacing = np.array([[1.0, 1.0], [np.nan, 1.0], [0.5, 0.5]])
+    options = ConvertOptions(spacing=(1.0,))
+
     plan = make_plan(
-        cohort(slice_table(3, rows=rows), [(0, 0), (1, 0), (2, 1)]), ConvertOptions(), 1
+        cohort(slice_table(3, pixel_spacing=spacing), [(0, 0), (1, 0), (2, 1)]), options, 1
     )
 
     (problem,) = plan.problems
-    assert (problem.path, problem.reason) == ("1.dcm", Reason.IMAGE_SIZE_DIFFERS)
-    assert "is 32 x 64, 2 of 3 images with outlines have 64 x 64" in problem.detail
-    assert plan.cohort.contours.slice.tolist() == [0, 1]
-    assert plan.cohort.contours.path.tolist() == [b"0-0.txt", b"2-1.txt"]
+    assert (problem.path, problem.reason) == ("1.dcm", Reason.MISSING_TAG)
+    assert "(0028,0030)" in problem.detail
+    assert plan.cohort.annotations.slice.tolist() == [0, 1]
+    assert plan.cohort.annotations.path.tolist() == [b"0-0.txt", b"2-1.txt"]
+    assert len(plan.cohort.headers["EchoTime"].code) == 2
+    assert plan.grid[:, 2].tolist() == [1.0, 2.0]
 
 
-def test_images_without_outlines_do_not_outvote_those_with_one():
-    """Many localizers of another size cost no mask."""
-    rows = np.array([32, 64, 64, 64])
+def test_colour_is_luminance_unless_samples_are_asked_for():
+    """Samples add an axis only where there is colour."""
+    grey, colored = slice_table(2), slice_table(2, samples_per_pixel=np.array([1, 3]))
 
-    plan = make_plan(cohort(slice_table(4, rows=rows), [(0, 0)]), ConvertOptions(), 1)
-
-    assert (plan.layout.rows, plan.layout.slices) == (32, 1)
-    assert plan.cohort.contours.slice.tolist() == [0]
-    assert len(plan.problems) == 3
-
-
-def stored_extremes(bits, signed):
-    """Smallest and largest stored value."""
-    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+    assert make_plan(cohort(colored), ConvertOptions(), 1).layout.samples == 1
+    assert make_plan(cohort(colored), ConvertOptions(color="samples"), 1).layout.samples == 3
+    assert make_plan(cohort(grey), ConvertOptions(color="samples"), 1).layout.samples == 1
 
 
 @given(
-    st.sampled_from([(8, 8), (12, 16), (16, 16), (32, 32)]),
+    st.lists(
+        st.tuples(st.integers(-(2**33), 2**33), st.integers(0, 2**33)), min_size=1, max_size=3
+    ),
     st.booleans(),
-    st.sampled_from([1.0, 2.0, -1.0, 0.5, 100.0, 6.8276948928833]),
-    st.sampled_from([0.0, -1024.0, -19595.0, 0.25]),
 )
-def test_image_dtype_holds_every_possible_value(bits, signed, slope, intercept):
-    """The extremes survive a round trip through the chosen integer type, which is the smallest."""
-    stored, allocated = bits
-    table = slice_table(
-        2,
-        bits_stored=stored,
-        bits_allocated=allocated,
-        pixel_representation=int(signed),
-        rescale_slope=np.array([1.0, slope]),
-        rescale_intercept=np.array([0.0, intercept]),
-    )
-    extremes = np.array(stored_extremes(stored, signed), float)
-    values = np.concatenate([extremes, extremes * slope + intercept])
-
-    chosen = image_dtype(table)
+def test_image_dtype_holds_every_possible_value(ranges, whole):
+    """The smallest type that both ends of every image's range fit, floats where none does."""
+    ends = np.array([(low, low + span) for low, span in ranges], float)
+    table = slice_table(len(ranges), value_is_whole=whole)
+    table = replace(table, value_range=ends)
 
     def holds(dtype):
-        whole = np.array_equal(values, np.rint(values)) and slope == int(slope)
         limits = np.iinfo(dtype)
-        return whole and limits.min <= values.min() and values.max() <= limits.max
+        return whole and limits.min <= ends.min() and ends.max() <= limits.max
 
-    expected = next((dtype for dtype in ("|u1", "<i2", "<u2") if holds(dtype)), "<f4")
-    assert chosen == expected
+    integers = ("|u1", "<i2", "<u2", "<i4", "<u4")
+    assert image_dtype(table) == next((dtype for dtype in integers if holds(dtype)), "<f4")
+
+
+def test_images_with_unknown_range_are_floats():
+    """Float pixels may hold anything."""
+    ends = np.array([(-np.inf, np.inf), (0.0, 255.0)])
+
+    assert image_dtype(replace(slice_table(2), value_range=ends)) == "<f4"
 
 
 @pytest.mark.parametrize(
@@ -147,6 +114,14 @@ def test_masks_have_a_bit_per_structure(structures, expected):
         ({"rule": "nearest"}, "rule is 'nearest', it can be center, pil-outline0, pil-outline1"),
         ({"codec": "gzip"}, "codec is 'gzip', it can be deflate, lz4, zstd, none"),
         ({"contour_origin": 2.0}, "contour_origin is 2.0, it can be 0.0, 0.5, 1.0"),
+        ({"color": "grey"}, "color is 'grey', it can be luminance, samples"),
+        ({"partial_overlap": "or"}, "partial_overlap is 'or', it can be xor, union, refuse"),
+        ({"pad_value": "air"}, "pad_value is 'air', it can be a number or 'minimum'"),
+        ({"pad_value": "nan"}, "pad_value is nan, it must be finite"),
+        ({"spacing": (1.0, 0.0)}, "spacing is 1 0: it takes one or two numbers above 0"),
+        ({"size": (1, 2, 3)}, "size is 1 2 3: it takes one or two numbers above 0"),
+        ({"size": (1 << 20, 1 << 20)}, "1048576 x 1048576 pixels is larger than"),
+        ({"fit": "organ"}, "fit is 'organ', it can be center or structure"),
         ({"memory_limit": 1000}, "memory_limit is 1000 bytes, one slice of 64 x 64 pixels needs"),
         ({"memory_limit": 10**6, "slices_per_task": 99}, "slices_per_task is 99, memory_limit"),
         ({"workers": -1}, "workers is -1, it cannot be negative"),

@@ -273,6 +273,26 @@ def test_products_of_differences_are_compared_exactly(values: tuple[float, ...])
 # Rules "pil-outline0" and "pil-outline1"
 
 
+@given(st.data())
+def test_layers_are_drawn_apart_and_united(data: st.DataObject) -> None:
+    """Parity within a layer, union of layers: as the exact twin draws each layer on its own."""
+    ring = ring_of(st.integers(-2, 14).map(float), 6)
+    keys = st.tuples(st.integers(0, 1), st.integers(0, 2), st.integers(0, 3))
+    drawn = sorted(data.draw(st.lists(st.tuples(keys, ring), max_size=8)), key=lambda k: k[0])
+    rings = [ring for _, ring in drawn]
+    points, offsets = flat(rings)
+    plane, structure, layer = np.array([key for key, _ in drawn], np.int64).reshape(-1, 3).T
+    contours = Contours(points, offsets, plane, structure.astype(np.int32), layer.astype(np.int32))
+    masks = np.full((2, *SHAPE), 255, np.uint8)
+    rasterize_batch(contours, masks, clear=True)
+
+    twin = np.zeros_like(masks)
+    for key in sorted({key for key, _ in drawn}):
+        same = [ring for other, ring in drawn if other == key]
+        twin[key[0]] |= exact.mask(same, SHAPE) << np.uint8(key[1])
+    assert np.array_equal(masks, twin)
+
+
 def draw_with_pillow(rings: list[Ring], shape: tuple[int, int], rule: str) -> NDArray[np.uint8]:
     """What the original script does, ring by ring."""
     result = np.zeros(shape, np.uint8)

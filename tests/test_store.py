@@ -4,46 +4,44 @@ import contextlib
 import os
 import re
 import shutil
+import tempfile
+from pathlib import Path
 
 import google_crc32c
 import h5py
 import hdf5plugin
 import numpy as np
+import pydicom
 import pytest
 import tensorstore
+import written
 import xarray
 import zarr
+from hypothesis import given
+from hypothesis import strategies as st
 
-from parallel_dicomseg import (
-    ConvertOptions,
-    ScanOptions,
-    convert_cohort,
-    iterate_batches,
-    mirror_to_zarr,
-    open_dataset,
-    scan_cohort,
-    verify_file,
-)
 from parallel_dicomseg.codec import CODECS
-from parallel_dicomseg.errors import ConfigurationError, LayoutError
-from parallel_dicomseg.loader import sample_order
+from parallel_dicomseg.deidentify import Policy
+from parallel_dicomseg.errors import ConfigurationError, ConversionError, LayoutError
+from parallel_dicomseg.geometry import normal_of, planes_of, stored_plane
+from parallel_dicomseg.loader import iterate_batches, sample_order
+from parallel_dicomseg.records import HeaderColumn, Problem, Reason
 from parallel_dicomseg.report.inspection import inspect_file
+from parallel_dicomseg.store import mirror_to_zarr, open_dataset, verify_file
 from parallel_dicomseg.store import zarr as zarr_store
-from parallel_dicomseg.synthetic import make_sunnybrook_cohort
+from parallel_dicomseg.store.table import series_index, stored_geometry, volume_columns
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
-    """The same cohort in every codec: codec -> HDF5 file with a zarr mirror beside it."""
+    """The same slices in every codec: codec -> HDF5 file with a zarr mirror beside it."""
     folder = tmp_path_factory.mktemp("store")
-    make_sunnybrook_cohort(folder / "cohort", patients=2, slices=5, rows=40, columns=56)
-    cohort = scan_cohort(folder / "cohort", options=ScanOptions(include_unannotated=True))
     paths = {}
     for codec in CODECS:
         paths[codec] = folder / f"{codec}.h5"
-        mirror = str(folder / f"{codec}.zarr")
-        options = ConvertOptions(codec=codec, zarr=mirror, workers=1)
-        convert_cohort(cohort, paths[codec], options=options)
+        written.write(paths[codec], plan=written.layout(codec=codec), headers=written.headers())
+        with open_dataset(paths[codec]) as dataset:
+            mirror_to_zarr(dataset, folder / f"{codec}.zarr")
     return paths
 
 
@@ -97,7 +95,7 @@ def test_the_mirror_has_every_column(files):
     """Tables are copied value by value, text as text."""
     group = zarr.open_group(str(files["deflate"].with_suffix(".zarr")), mode="r")
     with open_dataset(files["deflate"]) as dataset:
-        for table in ("table", "series", "rejected"):
+        for table in ("table", "series", "volumes", "headers", "rejected"):
             assert set(group[table]) == set(dataset.columns(table))
             for name in dataset.columns(table):
                 values = dataset.column(name, table)
@@ -229,8 +227,45 @@ def test_a_file_cut_short_is_refused(copy, size):
         ("intensity", 4, 0.5, ["/table/intensity[4] is [0.5, 0.5, 0.5, 0.5], the pixels give"]),
         ("area_mm2", 5, 1.5, ["/table/area_mm2[5] is [1.5, 1.5], the table gives"]),
         ("annotated", 6, False, ["/table/annotated[6] is False, the table gives True"]),
-        ("series_index", 0, 1, ["/table/series_index[0] is 1, /series gives 0"]),
-        ("patient_id", 0, b"nobody", ["/series/patient_id[0] is not that of slice 0"]),
+        (
+            "series_index",
+            0,
+            1,
+            [
+                "/table/series_index[0] is 1, /series gives 0",
+                "/volumes/series_index[0] is 0, the table gives 1",
+            ],
+        ),
+        (
+            "patient_id",
+            0,
+            b"nobody",
+            [
+                "/series/patient_id[0] is not that of slice 0",
+                "/volumes/patient_id[0] is b'patient-1', the table gives b'nobody'",
+            ],
+        ),
+        ("volume", 4, 1, ["/table/volume[4] is 1, /volumes gives 0"]),
+        ("split", 4, b"test", ["/table/split has patient-1 in 2 parts"]),
+        ("split", 0, b"tests", ["has b'tests', which is no part", "patient-1 in 2 parts"]),
+        (
+            "outlined",
+            3,
+            False,
+            ["/table/outlined[3] is [False, False], the table gives [True, True]"],
+        ),
+        (
+            "structure_annotated",
+            3,
+            [False, True],
+            ["/table/structure_annotated[3] is [False, True], the table gives [True, True]"],
+        ),
+        (
+            "image_position_patient",
+            6,
+            7.0,
+            ["/volumes/slice_distance[1] is 2.5, the table gives 7.0"],
+        ),
         ("image_crc32c", 7, 1, ["differs from the table's 0x00000001"]),
         ("mask_crc32c", 8, 1, ["/masks[8]: checksum 0x"]),
     ],
@@ -256,7 +291,8 @@ def test_verify_finds_a_table_that_lies(copy, column, row, value, expected):
         (1 << 3, "not-an-ellipse"),
         (1 << 4, "inner-not-inside-outer"),
         (1 << 5 | 1 << 6, None),
-        (1 << 7, "bit 7"),
+        (1 << 7, "cut-by-crop"),
+        (1 << 9, "bit 9"),
         (1 << 15, "bit 15"),
     ],
 )
@@ -280,12 +316,14 @@ def test_verify_misses_no_flag_that_its_thresholds_ask_for(copy):
     with h5py.File(copy, "r+") as file:
         file.attrs["check_max_mask_fraction"] = 0.01
         large = np.flatnonzero((file["table/area"][:] > 0.01 * 40 * 56).any(axis=1))
+        gap = file["table/flags"][:]
 
     problems = verify_file(copy).problems
 
     assert len(large)
     assert problems == tuple(
-        f"/table/flags[{row}] is 0x0, the table contradicts mask-too-large" for row in large
+        f"/table/flags[{row}] is {gap[row]:#x}, the table contradicts mask-too-large"
+        for row in large
     )
 
 
@@ -432,6 +470,33 @@ def other_shape(file):
     file["output"].attrs["lshape"] = [56, 40, 1]
 
 
+def gap_in_volumes(file):
+    """A slice that belongs to no volume."""
+    file["volumes/first_slice"][1] += 1
+
+
+def even_volume(file):
+    """A gap that is in the table alone."""
+    file["volumes/regular"][2] = True
+
+
+def no_volumes(file):
+    """Take a column away."""
+    del file["volumes/regular"]
+
+
+def no_json(file):
+    """A header that nobody can read."""
+    file["series/header"][1] = b"EchoTime 2.5"
+
+
+def short_header(file):
+    """A value for each slice but one."""
+    values = file["headers/SliceLocation"][:]
+    del file["headers/SliceLocation"]
+    file["headers/SliceLocation"] = values[:-1]
+
+
 def gap_in_series(file):
     """A slice that belongs to no series."""
     file["series/first_slice"][1] += 1
@@ -446,6 +511,11 @@ def series_too_long(file):
     ("damage", "expected"),
     [
         (no_series, ["/series cannot be read"]),
+        (gap_in_volumes, ["/volumes does not cover slices 0 to 9 in order"]),
+        (even_volume, ["/volumes/regular[2] is True, the table gives False"]),
+        (no_volumes, ["no column 'regular' in /volumes"]),
+        (no_json, ["/series/header[1] cannot be read"]),
+        (short_header, ["/headers/SliceLocation is |S3 (9,), it should be text (10,)"]),
         (gap_in_series, ["/series does not cover slices 0 to 9 in order"]),
         (series_too_long, ["/series does not cover slices 0 to 9 in order"]),
         (shorter_rejected, ["/rejected has columns of different lengths: "]),
@@ -457,7 +527,7 @@ def series_too_long(file):
     ],
 )
 def test_verify_looks_at_what_stands_beside_the_table(copy, damage, expected):
-    """Series, rejections and views."""
+    """Series, volumes, headers, rejections and views."""
     with h5py.File(copy, "r+") as file:
         damage(file)
 
@@ -489,6 +559,8 @@ def test_a_damaged_column_is_a_problem_with_its_name(copy):
         ("/", "contour_origin", "left", "the attribute 'contour_origin' of / is 'left'"),
         ("/", "check_max_mask_fraction", None, "'check_max_mask_fraction' of / is missing"),
         ("/", "source", 3, "the attribute 'source' of / is 3"),
+        ("/", "pseudonyms", None, "the attribute 'pseudonyms' of / is missing"),
+        ("/", "pad_value", [1, 2], "the attribute 'pad_value' of / is [1, 2]"),
         ("/", "codec", "lzma", "has codec 'lzma'"),
         ("masks", "structures", None, "attributes of /masks cannot be read: structures"),
         ("masks", "structures", list("abcdefghi"), "9 structures in masks of type uint8"),
@@ -555,17 +627,15 @@ def test_missing_chunks_and_other_shapes_are_found(copy):
 
 def test_a_cohort_without_any_outline_is_a_file_like_others(tmp_path):
     """No structures: columns of width 0, empty masks; it opens, verifies and can be described."""
-    make_sunnybrook_cohort(tmp_path / "cohort", patients=2, slices=3, rows=40, columns=56)
-    for outline in (tmp_path / "cohort").rglob("*contour-manual.txt"):
-        outline.unlink()
-    cohort = scan_cohort(tmp_path / "cohort", options=ScanOptions(include_unannotated=True))
     path = tmp_path / "x.h5"
-    convert_cohort(cohort, path, options=ConvertOptions(workers=1))
+    plan = written.layout(structures=(), nested=())
+    written.write(path, plan=plan, masks=np.zeros((10, 40, 56), np.uint8))
 
     with open_dataset(path) as dataset:
-        assert (len(dataset), dataset.structures) == (6, ())
+        assert (len(dataset), dataset.structures) == (10, ())
         assert not dataset.masks[0].any()
-        assert dataset.column("area").shape == (6, 0)
+        assert dataset.column("area").shape == (10, 0)
+        mirror_to_zarr(dataset, tmp_path / "x.zarr")
     assert verify_file(path).problems == ()
     assert inspect_file(path).structures == ()
 
@@ -582,7 +652,7 @@ def test_files_that_are_not_ours_are_refused_with_their_name(tmp_path):
         ("gone.h5", "no such file"),
         ("text.h5", "no readable HDF5 file"),
         ("other.h5", "was not made by parallel_dicomseg"),
-        ("later.h5", "has format version 99, this program reads 1"),
+        ("later.h5", "has format version 99, this program reads 2"),
     ):
         with pytest.raises(LayoutError, match=f"{name}.*{words}"):
             open_dataset(tmp_path / name)
@@ -630,3 +700,301 @@ def test_batches_serve_every_slice_once_in_the_order_of_the_seed(files):
     for batch in batches:
         np.testing.assert_array_equal(batch.image, images[batch.index])
         np.testing.assert_array_equal(batch.mask, masks[batch.index])
+
+
+# --- colour, grids, volumes, headers -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("codec", CODECS)
+def test_colour_images_have_a_last_axis_in_every_reader(codec, tmp_path):
+    """Our reader, h5py, the flat view, zarr and TensorStore give the same red, green and blue."""
+    images, masks = written.pictures(samples=3)
+    path = tmp_path / "x.h5"
+    written.write(path, plan=written.layout(samples=3, codec=codec))
+
+    assert verify_file(path).problems == ()
+    with open_dataset(path) as dataset:
+        assert (dataset.shape, dataset.samples) == ((10, 40, 56), 3)
+        np.testing.assert_array_equal(np.stack([dataset.images[k] for k in range(10)]), images)
+        assert dataset.axes("images") == ("slice", "row", "column", "sample")
+        mirror_to_zarr(dataset, tmp_path / "x.zarr")
+    with h5py.File(path) as file:
+        np.testing.assert_array_equal(file["images"][:], images)
+        np.testing.assert_array_equal(file["input"][:].reshape(images.shape), images)
+        np.testing.assert_array_equal(file["output"][:].reshape(masks.shape), masks)
+        assert file["input"].attrs["lshape"].tolist() == [40, 56, 3]
+        assert file["output"].attrs["lshape"].tolist() == [40, 56, 1]
+    with xarray.open_dataset(path, engine="h5netcdf") as opened:
+        assert opened["images"].dims == ("slice", "row", "column", "sample")
+        assert opened["input"].dims == ("slice", "value")
+    group = zarr.open_group(str(tmp_path / "x.zarr"), mode="r")
+    np.testing.assert_array_equal(group["images"][:], images)
+    assert group["images"].metadata.dimension_names == ("slice", "row", "column", "sample")
+    store = {"driver": "file", "path": str(tmp_path / "x.zarr" / "images")}
+    array = tensorstore.open({"driver": "zarr3", "kvstore": store}).result()
+    np.testing.assert_array_equal(array.read().result(), images)
+
+
+def test_the_layout_is_said_in_the_attributes(tmp_path):
+    """How images were placed and masks were made, and what decoded the images."""
+    plan = written.layout(
+        resampled=True, partial_overlap="union", invert_monochrome1=True, pad_value=-1000.0
+    )
+    decoders = {"1.2.840.10008.1.2.5": "imagecodecs 1", "1.2.840.10008.1.2.4.50": "pylibjpeg 2"}
+    written.write(tmp_path / "x.h5", plan=plan, decoders=decoders)
+    written.write(tmp_path / "y.h5")
+
+    with open_dataset(tmp_path / "x.h5") as dataset:
+        said = dataset.attributes
+        assert (said["resampled"], said["partial_overlap"]) == (True, "union")
+        assert (said["invert_monochrome1"], said["pad_value"]) == (True, -1000.0)
+        assert dataset.decoders == decoders
+    with open_dataset(tmp_path / "y.h5") as dataset:
+        assert dataset.attributes["pad_value"] == "minimum"
+        assert dataset.decoders == {}
+
+
+def test_looking_is_not_drawing(tmp_path):
+    """A structure that was looked for is annotated; it is outlined only where it is drawn."""
+    _, masks = written.pictures()
+    masks[3] = 0
+    masks[4] &= 1
+    looked = np.where(np.arange(10) < 5, np.uint64(0b10), np.uint64(0))
+    path = tmp_path / "x.h5"
+    summary = written.write(path, table=written.slices(annotated=looked), masks=masks)
+
+    assert verify_file(path).problems == ()
+    assert summary.annotated == (9, 8)
+    with open_dataset(path) as dataset:
+        np.testing.assert_array_equal(
+            dataset.column("structure_annotated")[3:6], [[False, True], [True, True], [True, True]]
+        )
+        np.testing.assert_array_equal(
+            dataset.column("outlined")[3:6], [[False, False], [True, False], [True, True]]
+        )
+    found = {s.name: (s.annotated, s.outlined) for s in inspect_file(path).structures}
+    assert found == {"i": (9, 9), "o": (10, 8)}
+
+
+def test_cropped_pixels_are_counted_and_flagged(tmp_path):
+    """The flag comes from the worker; verify knows that the count explains it."""
+    path = tmp_path / "x.h5"
+    summary = written.write(path, cropped=3)
+
+    assert summary.flagged["cut-by-crop"] == 10
+    assert verify_file(path).problems == ()
+    assert inspect_file(path).cropped_pixels == 60
+    with h5py.File(path, "r+") as file:
+        file["table/cropped"][2] = 0
+    assert verify_file(path).problems == (
+        "/table/flags[2] is 0x80, the table contradicts cut-by-crop",
+    )
+
+
+numbers = st.floats(-500, 500)
+grids = st.tuples(
+    st.sampled_from([0.0, -3.5, 12.25]), numbers, st.floats(0.1, 8), st.floats(0.1, 8)
+)
+
+
+@given(
+    st.lists(
+        st.tuples(grids, st.tuples(numbers, numbers, numbers), st.floats(0, 6.3), st.booleans()),
+        min_size=1,
+        max_size=6,
+    )
+)
+def test_stored_geometry_is_that_of_each_plane_alone(cases):
+    """All slices at once equal `geometry.stored_plane` one by one; a whole image keeps its own."""
+    n = len(cases)
+    angle = np.array([case[2] for case in cases])
+    cosine, sine, none = np.cos(angle), np.sin(angle), np.zeros(n)
+    table = written.slices(
+        n,
+        image_position_patient=np.array([case[1] for case in cases]),
+        image_orientation_patient=np.stack([cosine, sine, none, -sine, cosine, none], axis=1),
+        pixel_spacing=np.tile([1.5, 0.7], (n, 1)),
+    )
+    grid = np.array([(0.0, 0.0, 1.0, 1.0) if case[3] else case[0] for case in cases])
+
+    position, spacing = stored_geometry(table, grid)
+
+    for k, plane in enumerate(planes_of(table)):
+        expected = plane if cases[k][3] else stored_plane(plane, grid[k])
+        np.testing.assert_allclose(position[k], expected[:3], rtol=1e-12, atol=1e-9)
+        np.testing.assert_allclose(spacing[k], expected[9:], rtol=1e-12)
+
+
+def test_an_image_stored_as_it_is_keeps_what_is_known():
+    """A position without a spacing stays; once the grid moves, it is unknown."""
+    table = written.slices(2, pixel_spacing=np.full((2, 2), np.nan))
+
+    position, _ = stored_geometry(table, np.array([[0.0, 0.0, 1.0, 1.0], [1.0, 0.0, 1.0, 1.0]]))
+
+    assert np.isfinite(position[0]).all()
+    assert np.isnan(position[1]).all()
+
+
+def test_the_grid_is_in_the_table_and_verifies(tmp_path):
+    """Where each stored image lies on its source, whose size and spacing are kept too."""
+    grid = np.tile([4.0, -2.0, 2.0, 1.6], (10, 1))
+    path = tmp_path / "x.h5"
+    table = written.slices(rows=np.full(10, 80), columns=np.full(10, 90))
+    written.write(path, table=table, grid=grid, plan=written.layout(resampled=True))
+
+    assert verify_file(path).problems == ()
+    with open_dataset(path) as dataset:
+        assert dataset.column("pixel_spacing")[0].tolist() == [3.0, 2.0]
+        assert dataset.column("source_pixel_spacing")[0].tolist() == [1.5, 1.25]
+        assert dataset.column("image_position_patient")[0].tolist() == [-12.5, 26.0, 0.0]
+        assert (dataset.column("source_rows")[0], dataset.column("source_columns")[0]) == (80, 90)
+        assert dataset.column("grid_origin")[0].tolist() == [4.0, -2.0]
+        assert dataset.column("grid_step")[0].tolist() == [2.0, 1.6]
+        assert dataset.column("area_mm2")[0, 0] == dataset.column("area")[0, 0] * 6.0
+
+
+def test_a_series_is_a_run_of_one_patient_study_and_uid():
+    """A UID copied into another patient or study is another series; without one, each folder."""
+    paths = np.array([b"a/1", b"a/2", b"b/1", b"b/2", b"c/1", b"c/2"])
+    table = written.slices(
+        6,
+        path=paths,
+        patient_id=np.array([b"p", b"p", b"q", b"q", b"q", b"q"]),
+        study_instance_uid=np.array([b"1", b"1", b"1", b"2", b"2", b"2"]),
+        series_instance_uid=np.array([b"s", b"s", b"s", b"", b"", b""]),
+    )
+
+    assert series_index(table).tolist() == [0, 0, 1, 2, 3, 3]
+
+
+volumes_of_heights = st.lists(st.lists(st.integers(1, 40), max_size=6), min_size=1, max_size=5).map(
+    lambda steps: [np.cumsum([0, *some]) / 4 for some in steps]
+)
+
+
+@given(volumes_of_heights, st.floats(0, 6.3))
+def test_volumes_follow_from_the_table(heights, angle):
+    """First slices, counts and median distances equal a loop over the volumes."""
+    cosine, sine = np.cos(angle), np.sin(angle)
+    orientation = np.array([cosine, sine, 0, 0, 0, -1.0])
+    n = sum(map(len, heights))
+    table = {
+        "volume": np.repeat(np.arange(len(heights), dtype=np.int32), list(map(len, heights))),
+        "series_index": np.zeros(n, np.int32),
+        "patient_id": np.full(n, b"patient-1"),
+        "image_position_patient": np.concatenate(heights)[:, None] * normal_of(orientation),
+        "image_orientation_patient": np.tile(orientation, (n, 1)),
+        "flags": np.zeros(n, np.uint16),
+    }
+
+    found = volume_columns(table)
+
+    first = 0
+    for k, height in enumerate(heights):
+        steps = np.sort(np.diff(height))
+        assert (found["first_slice"][k], found["slices"][k]) == (first, len(height))
+        expected = steps[(len(steps) - 1) // 2] if len(steps) else np.nan
+        np.testing.assert_allclose(found["slice_distance"][k], expected, atol=1e-9)
+        first += len(height)
+    assert found["regular"].all()
+
+
+def test_a_rejected_slice_leaves_its_volume_whole(tmp_path):
+    """Volumes and series are counted anew over what is in the file, and the hole is flagged."""
+    good = np.arange(10) != 2
+    problems = (Problem("DOE_folder/2.dcm", Reason.UNDECODABLE_PIXELS, "the decoder refused it"),)
+    path = tmp_path / "x.h5"
+    summary = written.write(path, good=good, problems=problems, headers=written.headers())
+
+    assert verify_file(path).problems == ()
+    assert (summary.slices, summary.rejected, summary.flagged) == (9, 1, {"gap-before-slice": 2})
+    with open_dataset(path) as dataset:
+        assert dataset.column("volume").tolist() == [0] * 4 + [1] * 2 + [2] * 3
+        assert dataset.column("regular", "volumes").tolist() == [False, True, False]
+        assert dataset.header(2)["SliceLocation"] == 3.5
+        assert dataset.rejected == list(problems)
+
+
+def test_volume_numbers_of_the_cohort_need_not_be_those_of_the_file(tmp_path):
+    """A whole volume that could not be read leaves no number out."""
+    good = (np.arange(10) < 5) | (np.arange(10) > 6)
+    written.write(tmp_path / "x.h5", good=good)
+
+    with open_dataset(tmp_path / "x.h5") as dataset:
+        assert dataset.column("volume").tolist() == [0] * 5 + [1] * 3
+        assert dataset.column("series_index").tolist() == [0] * 5 + [1] * 3
+        assert dataset.column("slices", "volumes").tolist() == [5, 3]
+
+
+def test_headers_are_dicom_json_and_what_varies_is_a_column(files):
+    """Pydicom reads what a series has in common; each slice has its own of the rest."""
+    with open_dataset(files["deflate"]) as dataset:
+        assert dataset.columns("headers") == ("SliceLocation",)
+        assert dataset.column("SliceLocation", "headers")[:2].tolist() == [b"0.5", b"1.5"]
+        model = pydicom.Dataset.from_json(dataset.column("header", "series")[1].decode())
+        assert model.EchoTime == 2.5
+        assert list(model.ImageType) == ["ORIGINAL", "PRIMARY"]
+        assert "EchoTime" not in dataset.series_header(0)
+        assert dataset.series_header(1)["EchoTime"] == 2.5
+        header = dataset.header(-1)
+        assert (header["SliceLocation"], header["EchoTime"]) == (9.5, 2.5)
+        assert header["ImageType"] == ["ORIGINAL", "PRIMARY"]
+        with pytest.raises(IndexError, match="out of range"):
+            dataset.header(10)
+
+
+texts_of_numbers = st.sampled_from([b"", b"1", b"2.5", b"-3e2", b"1\\2", b"1\\\\3"])
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), texts_of_numbers), min_size=1, max_size=12))
+def test_headers_come_back_slice_by_slice(cases):
+    """Constant or not: `header` gives each slice the value that its image has."""
+    cases = sorted(cases, key=lambda case: case[0])
+    n = len(cases)
+    series = np.array([b"1.%d" % case[0] for case in cases])
+    values, code = np.unique(np.array([case[1] for case in cases]), return_inverse=True)
+    columns = {"WindowCenter": HeaderColumn(values, code.astype(np.int32))}
+    table = written.slices(
+        n,
+        patient_id=np.full(n, b"p"),
+        study_instance_uid=np.full(n, b"1"),
+        series_instance_uid=series,
+        volume=np.zeros(n, np.int32),
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.h5"
+        written.write(path, table=table, headers=columns)
+        with open_dataset(path) as dataset:
+            for row, (_, text) in enumerate(cases):
+                parts = [float(part) if part else None for part in text.decode().split("\\")]
+                found = dataset.header(row).get("WindowCenter")
+                shown = [None if v == "" else v for v in found] if type(found) is list else [found]
+                assert shown == parts
+
+
+def test_rows_of_long_text_are_stored_in_small_chunks(tmp_path):
+    """A full header may have kilobytes; one is read without all others."""
+    columns = {
+        "ImageType": HeaderColumn(
+            np.array([b"\\".join([b"A" * 16] * 2000)]), np.zeros(10, np.int32)
+        )
+    }
+    written.write(tmp_path / "x.h5", headers=columns)
+
+    with h5py.File(tmp_path / "x.h5") as file:
+        header = file["series/header"]
+        assert header.chunks[0] * header.dtype.itemsize <= 1 << 20
+    with open_dataset(tmp_path / "x.h5") as dataset:
+        assert dataset.header(0)["ImageType"] == ["A" * 16] * 2000
+
+
+def test_nothing_converted_is_an_error_that_says_why(tmp_path):
+    """The first reason is named, by its path or, if asked for, by the hash of it."""
+    problems = (Problem("DOE_folder/0.dcm", Reason.PIXEL_DATA_SHORT, "it has 3 of 8 bytes"),)
+    bad = {"good": np.zeros(10, bool), "problems": problems}
+
+    with pytest.raises(ConversionError, match=r"none of 10 .* DOE_folder/0.dcm: it has 3"):
+        written.write(tmp_path / "x.h5", **bad)
+    with pytest.raises(ConversionError, match=r"none of 10 .* path-[a-z2-7]{12}.dcm: it has 3"):
+        written.write(tmp_path / "x.h5", **bad, identity=Policy(hash_paths=True))
+    assert list(tmp_path.iterdir()) == []

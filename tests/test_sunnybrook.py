@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -15,13 +15,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_dicomseg.cohort import scan_cohort
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
-from parallel_dicomseg.records import Problem, Reason, ScanOptions, SliceTable
-from parallel_dicomseg.sources import SOURCES, Listing, Outline, Paired, choose_source, sunnybrook
-from parallel_dicomseg.sources.base import canonical_name, natural_key
+from parallel_dicomseg.records import (
+    AnnotationRefs,
+    Problem,
+    Reason,
+    ScanOptions,
+    SliceRefs,
+    SliceTable,
+)
+from parallel_dicomseg.sources import sunnybrook
+from parallel_dicomseg.sources.base import Found, Listing, Outline, canonical_name, walk
 from parallel_dicomseg.sources.links import read_links
 from parallel_dicomseg.sources.numbered import pair_by_number
+from parallel_dicomseg.text import parse_contour
+from parallel_dicomseg.volumes import natural_key
 
 RING = "1 1\n1 5\n5 5\n"
 ALL = ScanOptions(include_unannotated=True)
@@ -77,20 +85,19 @@ def table_of_rows(rows: Sequence[tuple[str, int, int, str]]) -> SliceTable:
 
 def pair(
     root: Path, images: Images, options: ScanOptions | None = None
-) -> tuple[dict[str, str], Paired, Listing]:
+) -> tuple[dict[str, str], Found, Listing]:
     """Scan a tree whose readable images are `images`: contour path to image path."""
-    options = options or ScanOptions()
-    listing = sunnybrook.list_files(root, options)
+    listing = sunnybrook.list_files(root, options or ScanOptions())
     slices = table(listing.image_paths, images)
-    paired = sunnybrook.pair(listing, slices, options)
-    image = slices.path[paired.slice_index]
-    found = {
-        os.fsdecode(path): os.fsdecode(image[place])
-        for place, path in zip(
-            paired.contours.slice.tolist(), paired.contours.path.tolist(), strict=True
-        )
+    found = sunnybrook.pair(listing, slices)
+    return places(found, slices), found, listing
+
+
+def places(found: Found, slices: SliceTable) -> dict[str, str]:
+    """Image path by contour path, for the contours that have an image."""
+    return {
+        one.path: os.fsdecode(slices.path[row]) for one in found.annotations for row in one.slice
     }
-    return found, paired, listing
 
 
 def reasons(problems: Sequence[Problem]) -> dict[str, set[str]]:
@@ -122,41 +129,21 @@ def read_table(root: Path, listing: Listing) -> SliceTable:
 
 
 def test_every_real_outline_lies_on_the_image_with_its_number(shared_data: Path) -> None:
-    """96 images and 142 of 142 outlines; 1,044 images more with the unannotated ones."""
+    """142 of 142 outlines, among 1,140 images."""
     root = shared_data / "sunnybrook_arterys" / "final_data"
     listing = sunnybrook.list_files(root, ScanOptions())
     slices = read_table(root, listing)
-    some = sunnybrook.pair(listing, slices, ScanOptions())
-    every = sunnybrook.pair(listing, slices, ALL)
-    numbers = slices.instance_number[some.slice_index][some.contours.slice]
-    places = slices.path[some.slice_index][some.contours.slice]
+    found = sunnybrook.pair(listing, slices)
     link = {link.original_id: link.patient_id for link in read_links(root / "link.csv")}
 
-    assert choose_source(root).name == "sunnybrook"
-    assert (listing.problems, some.problems) == ((), ())
-    assert (some.structures, some.nested) == (("i", "o"), ((0, 1),))
-    assert (len(some.slice_index), len(every.slice_index)) == (96, 96 + 1044)
-    assert len(some.contours) == len(every.contours) == 142
-    assert np.bincount(some.contours.structure).tolist() == [96, 46]
-    for path, image, number in zip(some.contours.path, places, numbers, strict=True):
-        _, original_id, _, name = path.decode().split("/")
-        assert int(name.split("-")[2]) == number
-        assert image.decode() == f"dicoms/{link[original_id]}/{number}.dcm"
-
-
-def test_real_output_order_is_by_patient_and_instance_number(shared_data: Path) -> None:
-    """Image 59 comes before image 108, which comes before the next patient's."""
-    root = shared_data / "sunnybrook_arterys" / "final_data"
-    listing = sunnybrook.list_files(root, ALL)
-    slices = read_table(root, listing)
-    order = sunnybrook.pair(listing, slices, ALL).slice_index
-    keys = [
-        (path.decode().split("/")[1], number)
-        for path, number in zip(slices.path[order], slices.instance_number[order], strict=True)
-    ]
-
-    assert keys == sorted(keys)
-    assert sorted(order.tolist()) == list(range(1140))
+    assert (listing.problems, found.problems) == ((), ())
+    assert len(slices) == 1140
+    assert Counter(one.name for one in found.annotations) == {"i": 96, "o": 46}
+    assert {one.found_by for one in found.annotations} == {"number"}
+    for path, image in places(found, slices).items():
+        _, original_id, _, name = path.split("/")
+        number = int(name.split("-")[2])
+        assert image == f"dicoms/{link[original_id]}/{number}.dcm"
 
 
 # ------------------------------------------------------------------------- numbers are integers
@@ -255,11 +242,10 @@ def test_frames_of_one_file_are_ambiguous(tmp_path: Path) -> None:
     root = arterys(tmp_path, [1], ["1.dcm"])
     listing = sunnybrook.list_files(root, ALL)
     slices = table_of_rows([("dicoms/P1/1.dcm", 1, 1, "1.2"), ("dicoms/P1/1.dcm", 0, 1, "1.2")])
-    paired = sunnybrook.pair(listing, slices, ALL)
+    paired = sunnybrook.pair(listing, slices)
 
-    assert len(paired.contours) == 0
+    assert places(paired, slices) == {}
     assert reasons(paired.problems) == {contour(1): {"ambiguous-image"}}
-    assert paired.slice_index.tolist() == [1, 0]
 
 
 def test_an_unreadable_image_keeps_its_place(tmp_path: Path) -> None:
@@ -337,18 +323,15 @@ def test_pairing_equals_the_obvious_search(
         image_paths=[f"P/{name}.dcm" for name in images],
         image_patients=["P" for _ in images],
         outlines=[Outline(f"C/{number}", "P", "i", number) for number in sorted(drawn)],
-        structures=("i",),
-        nested=(),
+        claimed=frozenset(),
         problems=(),
     )
     slices = table(listing.image_paths, {path: (both[0], "1.2") for path, both in named.items()})
-    paired = pair_by_number(listing, slices, include_unannotated=False)
-    found = {
-        int(path.decode()[2:]): slices.path[paired.slice_index[place]].decode()
-        for place, path in zip(paired.contours.slice, paired.contours.path, strict=True)
-    }
+    paired = pair_by_number(listing, slices, "test")
+    found = {int(path[2:]): image for path, image in places(paired, slices).items()}
 
     assert found == expected
+    assert [one.path for one in paired.annotations] == [one.path for one in listing.outlines]
     assert len(found) + len({problem.path for problem in paired.problems}) == len(drawn)
 
 
@@ -440,7 +423,7 @@ def test_identical_duplicates_count_once(tmp_path: Path) -> None:
     found, _, listing = pair(root, in_folder({"1.dcm": 1}))
 
     assert found == {contour(1): "dicoms/P1/1.dcm"}
-    assert reasons(listing.problems) == {copy: {"repeated-contour"}}
+    assert reasons(listing.problems) == {copy: {"repeated"}}
 
 
 def test_different_duplicates_are_all_refused(tmp_path: Path) -> None:
@@ -453,34 +436,9 @@ def test_different_duplicates_are_all_refused(tmp_path: Path) -> None:
 
     assert found == {contour(2): "dicoms/P1/2.dcm"}
     assert reasons(listing.problems) == {
-        contour(1): {"duplicate-contour"},
-        rival: {"duplicate-contour"},
+        contour(1): {"duplicate"},
+        rival: {"duplicate"},
     }
-
-
-def test_structures_are_chosen_and_ordered(tmp_path: Path) -> None:
-    """All structures in natural order, or those asked for in the order asked; nesting follows."""
-    extra = {contour(1, structure): RING for structure in ("p2", "o", "p1")}
-    root = arterys(tmp_path, [1], ["1.dcm"], **extra)
-    images = in_folder({"1.dcm": 1})
-    _, every, _ = pair(root, images)
-    found, some, _ = pair(root, images, ScanOptions(structures=("o", "p1")))
-
-    assert every.structures == ("i", "o", "p1", "p2")
-    assert every.nested == ((0, 1), (2, 0), (3, 0))
-    assert every.contours.structure.tolist() == [0, 1, 2, 3]
-    assert (some.structures, some.nested) == (("o", "p1"), ())
-    assert set(found) == {contour(1, "o"), contour(1, "p1")}
-    assert some.contours.structure.tolist() == [0, 1]
-
-
-def test_an_unknown_structure_is_a_clear_mistake(tmp_path: Path) -> None:
-    """The message names the structures that are there; naming one twice is a mistake too."""
-    root = arterys(tmp_path, [1], ["1.dcm"])
-    with pytest.raises(ConfigurationError, match=r"'heart' is not there; there are: i$"):
-        sunnybrook.list_files(root, ScanOptions(structures=("i", "heart")))
-    with pytest.raises(ConfigurationError, match=r"structures i, i: one of them is named twice"):
-        sunnybrook.list_files(root, ScanOptions(structures=("i", "i")))
 
 
 @pytest.mark.parametrize("setting", ["i-contours", "/i-contours/"])
@@ -489,7 +447,7 @@ def test_one_folder_of_contours_can_be_chosen(tmp_path: Path, setting: str) -> N
     root = arterys(tmp_path, [1], ["1.dcm"], **{contour(1, "o"): RING})
     options = ScanOptions(contours_sub_dir=setting)
 
-    assert sunnybrook.list_files(root, options).structures == ("i",)
+    assert {one.structure for one in sunnybrook.list_files(root, options).outlines} == {"i"}
     with pytest.raises(ConfigurationError, match=r"'x': .*there are: i-contours, o-contours$"):
         sunnybrook.list_files(root, ScanOptions(contours_sub_dir="x"))
 
@@ -528,11 +486,11 @@ def test_a_contour_in_the_folder_of_another_structure_is_refused(tmp_path: Path)
     assert listing.problems == (
         Problem(path, Reason.BAD_CONTOUR, "its name says structure o, its folder i"),
     )
-    assert listing.structures == ("i",)
+    assert {one.structure for one in listing.outlines} == {"i"}
 
 
-def test_unannotated_images_come_only_on_request(tmp_path: Path) -> None:
-    """Images without outlines, also of patients without any, and in the right order."""
+def test_images_of_patients_without_outlines_are_listed_only_on_request(tmp_path: Path) -> None:
+    """Nobody reads a thousand headers for nothing."""
     root = arterys(
         tmp_path,
         [10],
@@ -544,26 +502,11 @@ def test_unannotated_images_come_only_on_request(tmp_path: Path) -> None:
         },
     )
     plant(root, {contour(1, original_id="SC-10"): RING})
-    images = {
-        **in_folder({"10.dcm": 10, "2.dcm": 2, "x/3.dcm": 3}),
-        **in_folder({"1.dcm": 1}, "dicoms/P2"),
-        **in_folder({"1.dcm": 1}, "dicoms/P10"),
-    }
-    _, some, few = pair(root, images)
-    _, every, listing = pair(root, images, ALL)
-    slices = table(listing.image_paths, images)
+    few, every = (sunnybrook.list_files(root, options) for options in (ScanOptions(), ALL))
 
     assert set(few.image_patients) == {"P1", "P10"}
-    assert len(some.slice_index) == 2
-    assert slices.path[every.slice_index].tolist() == [
-        b"dicoms/P1/2.dcm",
-        b"dicoms/P1/10.dcm",
-        b"dicoms/P1/x/3.dcm",
-        b"dicoms/P2/1.dcm",
-        b"dicoms/P10/1.dcm",
-    ]
-    assert every.contours.slice.tolist() == [1, 4]
-    assert reasons(listing.problems) == {"contourfiles/SC-2": {"patient-without-contours"}}
+    assert every.image_patients == ["P1", "P1", "P1", "P2", "P10"]
+    assert reasons(every.problems) == {"contourfiles/SC-2": {"images-without-annotation"}}
 
 
 # ---------------------------------------------------------------------- link.csv and its folders
@@ -632,10 +575,10 @@ def test_folders_and_rows_that_lack_a_partner_are_reported(tmp_path: Path) -> No
 
     assert found == {contour(1): "dicoms/P1/1.dcm"}
     assert reasons(listing.problems) == {
-        "dicoms/P2": {"patient-without-images"},
-        "contourfiles/SC-3": {"patient-without-contours"},
-        "dicoms/P4": {"patient-without-images"},
-        "contourfiles/SC-4": {"patient-without-contours"},
+        "dicoms/P2": {"annotation-without-images"},
+        "contourfiles/SC-3": {"images-without-annotation"},
+        "dicoms/P4": {"annotation-without-images"},
+        "contourfiles/SC-4": {"images-without-annotation"},
         "dicoms/P9": {"unlinked-folder"},
         "contourfiles/SC-9": {"unlinked-folder"},
     }
@@ -647,7 +590,7 @@ def test_a_row_without_a_cell_has_no_partner(tmp_path: Path) -> None:
     plant(root, {"link.csv": "patient_id,original_id\nP1,SC-1\nP2\n"})
     listing = sunnybrook.list_files(root, ScanOptions())
 
-    assert [problem.reason for problem in listing.problems] == [Reason.PATIENT_WITHOUT_CONTOURS]
+    assert [problem.reason for problem in listing.problems] == [Reason.IMAGES_WITHOUT_ANNOTATION]
 
 
 def test_names_that_fit_two_folders_fit_none(tmp_path: Path) -> None:
@@ -656,7 +599,7 @@ def test_names_that_fit_two_folders_fit_none(tmp_path: Path) -> None:
     plant(root, {"link.csv": "patient_id,original_id\nP1,SC-001\n"})
 
     assert reasons(sunnybrook.list_files(root, ScanOptions()).problems) == {
-        "contourfiles/SC-001": {"patient-without-contours"},
+        "contourfiles/SC-001": {"images-without-annotation"},
         "contourfiles/SC-1": {"unlinked-folder"},
         "contourfiles/SC-01": {"unlinked-folder"},
     }
@@ -723,11 +666,11 @@ def test_links_that_leave_the_data_directory_are_not_followed(tmp_path: Path) ->
     assert [outline.path for outline in listing.outlines] == [contour(1)]
     assert reasons(listing.problems) == {
         "dicoms/P1/5.dcm": {"outside-data-directory"},
-        "dicoms/P2": {"outside-data-directory", "patient-without-images"},
+        "dicoms/P2": {"outside-data-directory", "annotation-without-images"},
         "dicoms/P1/loop": {"stray-file"},
         "dicoms/P1/7.dcm": {"stray-file"},
         contour(2): {"outside-data-directory"},
-        "contourfiles/SC-1-b": {"patient-without-contours"},
+        "contourfiles/SC-1-b": {"images-without-annotation"},
     }
 
 
@@ -755,8 +698,6 @@ def test_directories_that_are_none_are_refused(tmp_path: Path) -> None:
         ("empty", "empty: the directory is empty"),
     ):
         with pytest.raises(LayoutError, match=message):
-            choose_source(tmp_path / name)
-        with pytest.raises(LayoutError, match=message):
             sunnybrook.list_files(tmp_path / name, ScanOptions())
 
 
@@ -766,32 +707,18 @@ def test_a_missing_part_of_the_layout_is_named(tmp_path: Path) -> None:
     (root / "link.csv").rename(root / "names.csv")
     with pytest.raises(LayoutError, match=r"no link.csv, .*patient_id .*dicoms/.*link_file_name"):
         sunnybrook.list_files(root, ScanOptions())
-    assert sunnybrook.list_files(root, ScanOptions(link_file_name="names.csv")).structures == ("i",)
+    assert len(sunnybrook.list_files(root, ScanOptions(link_file_name="names.csv")).outlines) == 1
     with pytest.raises(LayoutError, match=r"needs a folder contourfiles/ .*original_id"):
         sunnybrook.list_files(plant(tmp_path / "b", {"dicoms/P1/1.dcm": ""}), ScanOptions())
     with pytest.raises(LayoutError, match=r"needs a folder dicoms/ .*patient_id"):
         sunnybrook.list_files(plant(tmp_path / "c", {contour(1): RING}), ScanOptions())
 
 
-def test_unknown_layouts_and_sources_are_refused(tmp_path: Path) -> None:
-    """A directory that no source knows, and a source that nobody knows."""
+def test_a_directory_without_contours_is_refused(tmp_path: Path) -> None:
+    """Neither layout: what was looked for is named."""
     root = plant(tmp_path, {"a/b.txt": "", "IM1": ""})
-    with pytest.raises(LayoutError, match="no known layout of images and outlines"):
-        choose_source(root)
-    with pytest.raises(ConfigurationError, match="source 'pacs' is unknown; there are: auto, sunn"):
-        choose_source(root, "pacs")
     with pytest.raises(LayoutError, match=r"no contour file .* lies in a folder named like"):
-        choose_source(root, "sunnybrook").list_files(root, ScanOptions())
-
-
-def test_several_fitting_sources_are_not_chosen_from(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where two sources recognize a directory, the user says which."""
-    root = arterys(tmp_path, [1], ["1.dcm"])
-    monkeypatch.setitem(SOURCES, "twin", sunnybrook)
-    with pytest.raises(ConfigurationError, match=r"several sources fit .*choose with --source"):
-        choose_source(root)
+        sunnybrook.list_files(root, ScanOptions())
 
 
 # ---------------------------------------------------------------------------- the original tree
@@ -826,7 +753,6 @@ def test_the_original_tree_is_paired(tmp_path: Path, images: str) -> None:
     found, paired, listing = pair(root, numbers)
     contours = f"SCD_ManualContours/SC-HF-I-01/{EXPERT}"
 
-    assert choose_source(root).name == "sunnybrook"
     assert found == {
         f"{contours}/IM-0001-0048-icontour-manual.txt": f"{images}/IM-0003-0048.dcm",
         f"{contours}/IM-0001-0048-ocontour-manual.txt": f"{images}/IM-0003-0048.dcm",
@@ -835,7 +761,7 @@ def test_the_original_tree_is_paired(tmp_path: Path, images: str) -> None:
     }
     assert set(listing.image_patients) == {"SC-HF-I-01"}
     assert (listing.problems, paired.problems) == ((), ())
-    assert paired.structures == ("i", "o", "p1", "p2")
+    assert [one.name for one in paired.annotations] == ["i", "o", "p1", "p2"]
 
 
 @pytest.mark.parametrize("name", ["link.csv", "scd_patientdata.csv"])
@@ -851,7 +777,7 @@ def test_folders_with_other_names_are_linked_by_a_table(tmp_path: Path, name: st
 
     assert reasons(before.problems) == {
         folder: {"unlinked-folder"},
-        "SCD_ManualContours/SC-HF-I-01": {"patient-without-images"},
+        "SCD_ManualContours/SC-HF-I-01": {"annotation-without-images"},
     }
     assert before.image_paths == []
     assert len(found) == 4
@@ -922,7 +848,7 @@ def test_a_second_copy_of_the_contours_counts_once(tmp_path: Path) -> None:
     listing = sunnybrook.list_files(root, ScanOptions())
 
     assert len(listing.outlines) == 4
-    assert [problem.reason for problem in listing.problems] == [Reason.REPEATED_CONTOUR]
+    assert [problem.reason for problem in listing.problems] == [Reason.REPEATED]
 
 
 # ---------------------------------------------------------------------------------------- names
@@ -963,27 +889,102 @@ def test_numbers_of_any_length_are_names(tmp_path: Path) -> None:
     assert reasons(paired.problems) == {contour(10**200): {"contour-without-image"}}
 
 
-# ------------------------------------------------------------------- nothing that fits together
+# -------------------------------------------------------------------- in a tree of other things
 
 
-def test_a_scan_without_images_names_what_is_wrong(tmp_path: Path) -> None:
-    """A table with wrong names: the missing patients are told, before what is harmless."""
-    root = arterys(tmp_path, [1], ["1.dcm"], **{"link.csv": "patient_id,original_id\nQ1,SC-1\n"})
-    with pytest.raises(
-        LayoutError,
-        match=r"no image file to convert was found; 2 problem\(s\): "
-        r"dicoms/Q1: no images for 1 contour file\(s\); dicoms/P1: no row of link\.csv names it$",
-    ):
-        scan_cohort(root)
+def cohorts(root: Path) -> list[Listing]:
+    """The cohorts that are found in a tree."""
+    return sunnybrook.find_cohorts(root, list(walk(str(root.resolve()), "")), ScanOptions())
 
 
-def test_a_scan_that_pairs_nothing_counts_and_names(tmp_path: Path) -> None:
-    """Images that are not DICOM: how many of what was found, and the first three problems."""
-    root = arterys(tmp_path, range(1, 6), [f"{k}.dcm" for k in range(1, 6)])
-    with pytest.raises(
-        LayoutError,
-        match=r"nothing to convert among 5 possible image\(s\), 0 of them readable, and 5 "
-        r"outline\(s\); 10 problem\(s\): dicoms/P1/1\.dcm: .*; dicoms/P1/2\.dcm: .*; "
-        r"dicoms/P1/3\.dcm: .*; and 7 more$",
-    ):
-        scan_cohort(root)
+def test_cohorts_are_found_anywhere_in_a_tree(tmp_path: Path) -> None:
+    """Both layouts, each with paths from the root and its own patients; the rest is nobody's."""
+    arterys(tmp_path / "a/b", [1], ["1.dcm"])
+    arterys(tmp_path / "c", [2], ["2.dcm"])
+    original(tmp_path / "d")
+    plant(tmp_path, {"hospital/CT/1": "", "a/b/notes.txt": "", "a/b/more/2.dcm": ""})
+    first, second, third = cohorts(tmp_path)
+
+    assert first.image_paths == ["a/b/dicoms/P1/1.dcm"]
+    assert [one.path for one in first.outlines] == [f"a/b/{contour(1)}"]
+    assert first.claimed == {"a/b/dicoms", "a/b/contourfiles", "a/b/link.csv"}
+    assert second.image_paths == ["c/dicoms/P1/2.dcm"]
+    assert set(third.image_patients) == {"SC-HF-I-01"}
+    assert len(third.claimed) == 4 + 3
+    assert [listing.problems for listing in (first, second, third)] == [(), (), ()]
+
+
+def test_a_tree_of_other_things_holds_no_cohort(tmp_path: Path) -> None:
+    """A folder of the name dicoms alone, or a link table alone, is no cohort."""
+    plant(tmp_path, {"dicoms/1.dcm": "", "x/contourfiles/notes": "", "x/link.csv": ""})
+
+    assert cohorts(tmp_path) == []
+
+
+@pytest.mark.parametrize("place", ["", "sunny/"])
+def test_the_table_of_the_original_tree_may_lie_above_it(tmp_path: Path, place: str) -> None:
+    """The link table counts in each folder on the way to the contours, and nowhere else."""
+    original(tmp_path / place, "SCD_IMAGES_01/SCD0000101/CINESAX_300")
+    line = "PatientID,OriginalID\nSCD0000101,SC-HF-I-1\n"
+    plant(tmp_path, {f"{place}scd_patientdata.csv": line, "elsewhere/link.csv": "of somebody\n"})
+    (listing,) = cohorts(tmp_path)
+
+    assert len(listing.image_paths) == 3
+    assert f"{place}scd_patientdata.csv" in listing.claimed
+    assert "elsewhere/link.csv" not in listing.claimed
+
+
+# ------------------------------------------------------------------------------- reading outlines
+
+
+def refs(paths: Sequence[str]) -> AnnotationRefs:
+    """One outline on each of as many slices."""
+    count = len(paths)
+    zeros = (0,) * count
+    return AnnotationRefs(
+        plane=tuple(range(count)),
+        structure=(1,) * count,
+        layer=zeros,
+        kind=("sunnybrook",) * count,
+        path=tuple(paths),
+        offset=zeros,
+        length=(-1,) * count,
+    )
+
+
+def slice_refs(count: int) -> SliceRefs:
+    """Slices of which a path is all that is known."""
+    columns = {field.name: ((),) * count for field in fields(SliceRefs)}
+    columns["path"] = tuple(f"{k}.dcm" for k in range(count))
+    return SliceRefs(**columns)
+
+
+@pytest.mark.parametrize("origin", [0.0, 0.5, 1.0])
+def test_outlines_are_read_in_pixels(tmp_path: Path, origin: float) -> None:
+    """Points less the origin, rings by slice, and what cannot be read as a problem with words."""
+    texts = {contour(1): "1 1\n1 5\n5.5 5\n", contour(2): "1 x\n", contour(3): "2 2\n2 6\n6 6\n"}
+    plant(tmp_path, texts)
+    paths = [*texts, contour(4)]
+    drawn = sunnybrook.read(str(tmp_path), slice_refs(4), refs(paths), contour_origin=origin)
+    good = [parse_contour(texts[path].encode()) - origin for path in (contour(1), contour(3))]
+
+    np.testing.assert_array_equal(drawn.contours.points_column_row, np.concatenate(good))
+    assert drawn.contours.offsets.tolist() == [0, 3, 6]
+    assert drawn.contours.plane.tolist() == [0, 2]
+    assert drawn.contours.structure.tolist() == [1, 1]
+    assert drawn.contours.layer is not None
+    assert drawn.contours.layer.tolist() == [0, 0]
+    assert list(drawn.bitmaps) == []
+    assert (drawn.digest > 0).tolist() == [True, False, True, False]
+    assert [(place, reason) for place, reason, _ in drawn.problems] == [
+        (1, Reason.BAD_CONTOUR),
+        (3, Reason.BAD_CONTOUR),
+    ]
+    assert drawn.problems[0][2].endswith("; structure i of 1.dcm")
+
+
+def test_a_file_name_tells_its_structure() -> None:
+    """By the name alone, whatever the folder; other files have none."""
+    assert sunnybrook.structure_of(f"a/b/{contour(7, 'p1')}") == "p1"
+    assert sunnybrook.structure_of("IM-0001-0060-P2-contour-manual.txt") == "p2"
+    assert sunnybrook.structure_of("icontour/notes.txt") is None

@@ -8,19 +8,27 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from parallel_dicomseg.errors import LayoutError
-from parallel_dicomseg.records import ContourTable, Int64, Problem, Reason, ScanOptions, SliceTable
+from parallel_dicomseg.records import (
+    Annotation,
+    AnnotationRefs,
+    Drawn,
+    Problem,
+    Reason,
+    ScannedFile,
+    ScanOptions,
+    SliceRefs,
+    SliceTable,
+)
 
 _IMAGE_SUFFIXES = frozenset({"dcm", "dicom", "ima"})
-_DIGITS = re.compile(r"([0-9]+)")
 _WORD_OR_NUMBER = re.compile(r"[0-9]+|[^\W\d_]+")
 
-NaturalKey = tuple[tuple[str | tuple[int, str], ...], str]
 CanonicalName = tuple[str, ...]
 
 
@@ -46,46 +54,54 @@ class Listing:
     image_patients: list[str]
     """The patient of each of `image_paths`."""
     outlines: list[Outline]
-    """Outlines of the chosen structures."""
-    structures: tuple[str, ...]
-    """Names in bit order."""
-    nested: tuple[tuple[str, str], ...]
-    """Pairs (inner, outer) of `structures`."""
+    claimed: frozenset[str]
+    """Files and whole folders that are the cohort's: nobody else looks for anything there."""
     problems: tuple[Problem, ...]
+
+
+class Reader(Protocol):
+    """The half of a source that works inside a task: from references to outlines."""
+
+    name: str
+    """What the annotations' `kind` says."""
+
+    def read(
+        self, root: str, slices: SliceRefs, annotations: AnnotationRefs, *, contour_origin: float
+    ) -> Drawn:
+        """Read annotations of this source, in pixels of their source images.
+
+        `annotations` are all of this kind, sorted by (plane, structure, layer); `slices` are all
+        images of the task. An annotation that cannot be read is a problem of the result, never an
+        exception. `contour_origin` is for outlines that are in pixels in the file.
+        """
+
+
+class Source(Reader, Protocol):
+    """One kind of annotation file that may lie anywhere in a tree of DICOM files.
+
+    A package adds one by an entry point in the group "parallel_dicomseg.sources"; see
+    docs/sources.md.
+    """
+
+    def recognizes(self, file: ScannedFile) -> bool:
+        """Whether a file is of this kind, by its SOP class or name; nothing is opened."""
+
+    def find(
+        self, root: str, files: Sequence[ScannedFile], images: SliceTable, options: ScanOptions
+    ) -> Found:
+        """Lay what the files of this kind hold on the images.
+
+        `images` are sorted by volume and position, and their `volume` is assigned.
+        """
 
 
 @dataclass(frozen=True, slots=True)
-class Paired:
-    """Which images to convert, and the outlines on them."""
+class Found:
+    """What a source found in its files."""
 
-    slice_index: Int64
-    """(n,) rows of the SliceTable, in the order of the output."""
-    contours: ContourTable
-    """Its `slice` counts in `slice_index`; sorted by (slice, structure, path)."""
-    structures: tuple[str, ...]
-    nested: tuple[tuple[int, int], ...]
-    """Pairs (inner, outer) of indices into `structures`."""
+    annotations: tuple[Annotation, ...]
+    """One per structure, file and volume; also where nothing of it lies on an image."""
     problems: tuple[Problem, ...]
-
-
-class Source(Protocol):
-    """One kind of annotated cohort; a module with these names is one.
-
-    A run calls `list_files`, reads the header of every image that it lists, and hands those that
-    could be read to `pair`, in the order of the listing.
-    """
-
-    name: str
-    """What `--source` calls it."""
-
-    def recognizes(self, root: Path) -> bool:
-        """Whether the directory looks like such a cohort."""
-
-    def list_files(self, root: Path, options: ScanOptions) -> Listing:
-        """Find images and outlines by their names; LayoutError where the layout is another one."""
-
-    def pair(self, listing: Listing, slices: SliceTable, options: ScanOptions) -> Paired:
-        """Lay each outline on its image."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,18 +212,6 @@ def may_be_image(name: str) -> bool:
     if not stem:
         return "." not in name and name.upper() != "DICOMDIR"
     return not name.startswith(".") and (suffix.lower() in _IMAGE_SUFFIXES or suffix.isdigit())
-
-
-def natural_key(name: str) -> NaturalKey:
-    """Sorts numbers inside a name as integers: P2 before P10."""
-    parts = _DIGITS.split(name)
-    return tuple(_by_size(part) if k % 2 else part.casefold() for k, part in enumerate(parts)), name
-
-
-def _by_size(digits: str) -> tuple[int, str]:
-    """Sorts digits as the integer that they are; `int` itself refuses thousands of them."""
-    significant = digits.lstrip("0")
-    return len(significant), significant
 
 
 def canonical_name(name: str) -> CanonicalName:

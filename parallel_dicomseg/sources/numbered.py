@@ -10,14 +10,14 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from parallel_dicomseg.records import ContourTable, Int64, Problem, Reason, SliceTable
-from parallel_dicomseg.sources.base import Listing, Outline, Paired, natural_key
+from parallel_dicomseg.records import Annotation, Problem, Reason, SliceTable
+from parallel_dicomseg.sources.base import Found, Listing, Outline
 
 _IMAGE_FILE = re.compile(r"(?:IM-[0-9]+-)?([0-9]+)(?:\.[a-z]+)?", re.IGNORECASE)
 
@@ -58,7 +58,7 @@ class _Series:
         return len(self.readable.keys() | self.unreadable.keys())
 
 
-def pair_by_number(listing: Listing, slices: SliceTable, *, include_unannotated: bool) -> Paired:
+def pair_by_number(listing: Listing, slices: SliceTable, kind: str) -> Found:
     """Lay each outline on the image of its patient and series that has its number.
 
     An image has a number by its InstanceNumber, and by its file name where that is a number
@@ -70,8 +70,13 @@ def pair_by_number(listing: Listing, slices: SliceTable, *, include_unannotated:
         Paths by their names alone.
     slices : SliceTable
         The listed images that could be read.
-    include_unannotated : bool
-        Keep images without an outline as well.
+    kind : str
+        Name of the source that reads the outlines.
+
+    Returns
+    -------
+    One annotation per outline, in the order of the listing; on no slice where no image, or more
+    than one, has its number.
     """
     images = _columns(slices)
     patient_of = dict(zip(listing.image_paths, listing.image_patients, strict=True))
@@ -79,26 +84,15 @@ def pair_by_number(listing: Listing, slices: SliceTable, *, include_unannotated:
     rows = _grouped(zip(patients, range(len(slices)), strict=True))
     unread = _grouped((patient_of[path], path) for path in patient_of.keys() - set(images.path))
     outlines = _grouped((outline.patient_id, outline) for outline in listing.outlines)
-    claims: list[Claim] = []
+    row_of: dict[str, int] = {}
     problems: list[Problem] = []
     for patient, drawn in outlines.items():
         found, trouble = _pair_patient(
             drawn, rows.get(patient, []), unread.get(patient, []), images
         )
-        claims += found
+        row_of |= {outline.path: row for row, outline in found}
         problems += trouble
-    chosen = range(len(slices)) if include_unannotated else {row for row, _ in claims}
-    slice_index = _output_order(slices, images, patients, chosen)
-    return Paired(
-        slice_index=slice_index,
-        contours=_contour_table(claims, slice_index, listing.structures),
-        structures=listing.structures,
-        nested=tuple(
-            (listing.structures.index(inner), listing.structures.index(outer))
-            for inner, outer in listing.nested
-        ),
-        problems=tuple(problems),
-    )
+    return Found(_annotations(listing.outlines, row_of, kind), tuple(problems))
 
 
 def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
@@ -262,41 +256,24 @@ def _refuse_shared_images(
     return [claim for claim in claims if claim[0] not in shared], [*problems, *refused]
 
 
-def _output_order(
-    slices: SliceTable, images: _Images, patients: Sequence[str], chosen: Collection[int]
-) -> Int64:
-    """Rows by patient and folder (numbers as integers), series, InstanceNumber, path, frame."""
-    rows = np.array(sorted(chosen), dtype=np.int64)
-    order = np.lexsort(
-        (
-            slices.frame[rows],
-            slices.path[rows],
-            slices.instance_number[rows],
-            slices.series_instance_uid[rows],
-            _natural_ranks(images.folder)[rows],
-            _natural_ranks(patients)[rows],
+def _annotations(
+    outlines: Sequence[Outline], row_of: Mapping[str, int], kind: str
+) -> tuple[Annotation, ...]:
+    """Each outline on its row. Nobody says that anybody looked for more than is drawn."""
+    # slices of shared arrays: a cohort has as many annotations as files
+    rows = np.array([row_of.get(outline.path, -1) for outline in outlines], dtype=np.int64)
+    first, whole, none = np.zeros(1, np.int64), np.full(1, -1, np.int64), np.empty(0, np.int64)
+    return tuple(
+        Annotation(
+            kind=kind,
+            path=outline.path,
+            name=outline.structure,
+            found_by="number",
+            looked_at=none,
+            slice=rows[k : k + size],
+            offset=first[:size],
+            length=whole[:size],
         )
-    )
-    return rows[order]
-
-
-def _natural_ranks(names: Sequence[str]) -> Int64:
-    """Each name's place in natural order."""
-    rank = {name: place for place, name in enumerate(sorted(set(names), key=natural_key))}
-    return np.array([rank[name] for name in names], dtype=np.int64)
-
-
-def _contour_table(
-    claims: Iterable[Claim], slice_index: Int64, structures: Sequence[str]
-) -> ContourTable:
-    """The outlines, by places in `slice_index`."""
-    place = {row: k for k, row in enumerate(slice_index.tolist())}
-    bit = {structure: k for k, structure in enumerate(structures)}
-    rings = sorted(
-        (place[row], bit[outline.structure], os.fsencode(outline.path)) for row, outline in claims
-    )
-    return ContourTable(
-        slice=np.array([ring[0] for ring in rings], dtype=np.int64),
-        structure=np.array([ring[1] for ring in rings], dtype=np.int32),
-        path=np.array([ring[2] for ring in rings], dtype=np.bytes_),
+        for k, outline in enumerate(outlines)
+        for size in (int(rows[k] >= 0),)
     )

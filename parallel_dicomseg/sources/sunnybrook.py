@@ -11,71 +11,185 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from parallel_dicomseg.errors import ConfigurationError
-from parallel_dicomseg.records import Problem, Reason, ScanOptions, SliceTable
+import numpy as np
+
+from parallel_dicomseg.errors import ConfigurationError, LayoutError
+from parallel_dicomseg.records import (
+    AnnotationRefs,
+    Contours,
+    Drawn,
+    Problem,
+    Reason,
+    ScanOptions,
+    SliceRefs,
+    SliceTable,
+)
 from parallel_dicomseg.sources.base import (
+    Folder,
+    Found,
     Listing,
     Outline,
-    Paired,
     check_directory,
-    natural_key,
     walk,
 )
 from parallel_dicomseg.sources.numbered import pair_by_number
 from parallel_dicomseg.sources.sunnybrook_files import (
     CONTOURS,
     IMAGES,
+    Arranged,
     Patient,
     arterys_layout,
-    is_contour_file,
+    arterys_parts,
     original_layout,
+    outline_set,
+    structure_of,
 )
+from parallel_dicomseg.text import read_contour_files
+from parallel_dicomseg.volumes import natural_key
+
+__all__ = [
+    "NESTED",
+    "find_cohorts",
+    "is_cohort",
+    "list_files",
+    "name",
+    "outline_set",
+    "pair",
+    "read",
+    "structure_of",
+]
 
 name = "sunnybrook"
 
 #: Inner and outer: the cavity lies in the epicardial outline, papillary muscles in the cavity.
-_NESTED = (("i", "o"), ("p1", "i"), ("p2", "i"))
+NESTED = (("i", "o"), ("p1", "i"), ("p2", "i"))
 
 
-def recognizes(root: Path) -> bool:
-    """Whether a folder of the Arterys layout, or a contour file anywhere below, is there."""
-    if (root / IMAGES).is_dir() or (root / CONTOURS).is_dir():
-        return True
-    folders = walk(check_directory(root), "")
-    return any(is_contour_file(file) for folder in folders for file in folder.files)
+def is_cohort(top: Folder, options: ScanOptions) -> bool:
+    """Whether a data directory is a cohort of the Arterys layout, though a part may be missing.
+
+    `top` is what lies directly in it. The original layout is told by its contour files alone,
+    see `find_cohorts`.
+    """
+    return arterys_parts(top, options.link_file_name) > 1
 
 
 def list_files(root: Path, options: ScanOptions) -> Listing:
-    """Find the images and outlines of every patient by their names.
+    """Find the images and outlines of a directory that is one such cohort, by their names.
 
     Parameters
     ----------
     root : Path
         The data directory.
     options : ScanOptions
-        `structures`, `include_unannotated`, `link_file_name` and `contours_sub_dir` count.
+        `include_unannotated`, `link_file_name` and `contours_sub_dir` count.
 
     Raises
     ------
     LayoutError
         If the directory or its link table is missing, or not laid out in either way.
     ConfigurationError
-        If a structure is asked for that is not there, or a sub-directory that no patient has.
+        If a sub-directory is asked for that no patient has.
     """
     real_root = check_directory(root)
     if (root / IMAGES).exists() or (root / CONTOURS).exists():
-        patients, problems = arterys_layout(root, real_root, options.link_file_name)
+        arranged = arterys_layout(root, real_root, "", options.link_file_name)
     else:
-        patients, problems = original_layout(root, real_root, options.link_file_name)
-    complete, incomplete = _check_complete(patients)
+        arranged = original_layout(root, list(walk(real_root, "")), options.link_file_name)
+        if not arranged.patients:
+            raise LayoutError(
+                f"{root}: no contour file (IM-0001-0059-icontour-manual.txt) lies in a folder "
+                f"named like a patient (SC-HF-I-01), nor are there {IMAGES}/, {CONTOURS}/ and "
+                f"{options.link_file_name}"
+            )
+    return _listing(real_root, arranged, arranged.beside, options)
+
+
+def find_cohorts(root: Path, folders: Sequence[Folder], options: ScanOptions) -> list[Listing]:
+    """The cohorts of either layout in a tree that may hold anything else as well.
+
+    Parameters
+    ----------
+    root : Path
+        The data directory.
+    folders : Sequence[Folder]
+        All folders of the tree.
+    options : ScanOptions
+        As for `list_files`.
+
+    Raises
+    ------
+    LayoutError
+        If a link table that such a cohort needs is wrong.
+    ConfigurationError
+        If a sub-directory is asked for that no patient has.
+    """
+    real_root, table = check_directory(root), options.link_file_name
+    places = [folder.path for folder in folders if arterys_parts(folder, table) == 3]
+    outer = [place for place in places if not any(_is_below(place, other) for other in places)]
+    parts = [arterys_layout(root, real_root, place, table) for place in outer]
+    rest = [f for f in folders if not any(f.path == p or _is_below(f.path, p) for p in outer)]
+    parts.append(original_layout(root, rest, table))
+    return [_listing(real_root, part, [], options) for part in parts if part.claimed]
+
+
+def pair(listing: Listing, slices: SliceTable) -> Found:
+    """Lay each outline on the image of its patient and series that has its number."""
+    return pair_by_number(listing, slices, name)
+
+
+def read(
+    root: str, slices: SliceRefs, annotations: AnnotationRefs, *, contour_origin: float
+) -> Drawn:
+    """Read contour files; one that cannot be read has no ring, so nothing is annotated by it.
+
+    Parameters
+    ----------
+    root : str
+        The cohort's root.
+    slices : SliceRefs
+        The images of the task; a contour in pixels needs nothing of them.
+    annotations : AnnotationRefs
+        Each a whole file.
+    contour_origin : float
+        Pixel coordinate, in the files, of the centre of the first pixel.
+    """
+    files = read_contour_files(annotations.path, root)
+    usable = np.diff(files.offsets) > 0
+    contours = Contours(
+        points_column_row=files.points_column_row - contour_origin,
+        offsets=np.append(files.offsets[:-1][usable], files.offsets[-1]),
+        plane=np.array(annotations.plane, np.int64)[usable],
+        structure=np.array(annotations.structure, np.int32)[usable],
+        layer=np.array(annotations.layer, np.int32)[usable],
+    )
+    problems = tuple(_unreadable(annotations, slices, k, text) for k, text in files.errors)
+    return Drawn(contours, (), np.where(usable, files.digest, np.uint64(0)), problems)
+
+
+def _unreadable(
+    annotations: AnnotationRefs, slices: SliceRefs, k: int, text: str
+) -> tuple[int, Reason, str]:
+    structure, image = structure_of(annotations.path[k]), slices.path[annotations.plane[k]]
+    return k, Reason.BAD_CONTOUR, f"{text}; structure {structure} of {image}"
+
+
+def _is_below(path: str, place: str) -> bool:
+    """Whether a folder lies in another one."""
+    return path != place and path.startswith(f"{place}/" if place else "")
+
+
+def _listing(
+    real_root: str, arranged: Arranged, beside: Sequence[Problem], options: ScanOptions
+) -> Listing:
+    """The images of patients that have some, with one outline per structure and number."""
+    complete, incomplete = _check_complete(arranged.patients)
     patients = sorted(complete, key=lambda patient: natural_key(patient.patient_id))
     drawn = _in_sub_directory(
         [outline for patient in patients for outline in patient.outlines],
         options.contours_sub_dir.strip("/"),
     )
-    structures = _choose_structures(drawn, options.structures)
-    chosen = [outline for outline in drawn if outline.structure in structures]
-    outlines, duplicates = _without_duplicates(real_root, chosen)
+    outlines, duplicates = _without_duplicates(real_root, drawn)
     annotated = {outline.patient_id for outline in outlines}
     images = [
         (path, patient.patient_id)
@@ -87,15 +201,9 @@ def list_files(root: Path, options: ScanOptions) -> Listing:
         image_paths=[path for path, _ in images],
         image_patients=[patient_id for _, patient_id in images],
         outlines=outlines,
-        structures=structures,
-        nested=tuple(both for both in _NESTED if set(both) <= set(structures)),
-        problems=(*problems, *incomplete, *duplicates),
+        claimed=arranged.claimed,
+        problems=(*arranged.problems, *beside, *incomplete, *duplicates),
     )
-
-
-def pair(listing: Listing, slices: SliceTable, options: ScanOptions) -> Paired:
-    """Lay each outline on the image of its patient and series that has its number."""
-    return pair_by_number(listing, slices, include_unannotated=options.include_unannotated)
 
 
 def _check_complete(patients: Sequence[Patient]) -> tuple[list[Patient], list[Problem]]:
@@ -104,10 +212,12 @@ def _check_complete(patients: Sequence[Patient]) -> tuple[list[Patient], list[Pr
     for patient in patients:
         if not patient.images:
             detail = f"no images for {len(patient.outlines)} contour file(s)"
-            problems.append(Problem(patient.image_place, Reason.PATIENT_WITHOUT_IMAGES, detail))
+            problems.append(Problem(patient.image_place, Reason.ANNOTATION_WITHOUT_IMAGES, detail))
         if not patient.outlines:
             detail = f"no contour files for {len(patient.images)} image(s)"
-            problems.append(Problem(patient.contour_place, Reason.PATIENT_WITHOUT_CONTOURS, detail))
+            problems.append(
+                Problem(patient.contour_place, Reason.IMAGES_WITHOUT_ANNOTATION, detail)
+            )
     return [patient for patient in patients if patient.images], problems
 
 
@@ -123,19 +233,6 @@ def _in_sub_directory(outlines: list[Outline], wanted: str) -> list[Outline]:
             f"there are: {', '.join(there) or 'none'}"
         )
     return found
-
-
-def _choose_structures(outlines: Sequence[Outline], wanted: tuple[str, ...]) -> tuple[str, ...]:
-    """The wanted structures, or all in natural order."""
-    there = sorted({outline.structure for outline in outlines}, key=natural_key)
-    unknown = [structure for structure in wanted if structure not in there]
-    if unknown:
-        raise ConfigurationError(
-            f"structure {unknown[0]!r} is not there; there are: {', '.join(there) or 'none'}"
-        )
-    if len(set(wanted)) != len(wanted):
-        raise ConfigurationError(f"structures {', '.join(wanted)}: one of them is named twice")
-    return wanted or tuple(there)
 
 
 def _without_duplicates(
@@ -157,7 +254,7 @@ def _without_duplicates(
                 if alike
                 else f"differs from {rivals}; nobody can say which of them is right"
             )
-            reason = Reason.REPEATED_CONTOUR if alike else Reason.DUPLICATE_CONTOUR
+            reason = Reason.REPEATED if alike else Reason.DUPLICATE
             problems.append(Problem(outline.path, reason, detail))
     return kept, problems
 

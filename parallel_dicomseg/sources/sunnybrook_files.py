@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,19 +56,56 @@ class Patient:
     outlines: list[Outline]
 
 
-#: What a layout gives: patients, complete or not, and what else there is.
-Found = tuple[list[Patient], list[Problem]]
+@dataclass(frozen=True, slots=True)
+class Arranged:
+    """What a layout gives."""
+
+    patients: list[Patient]
+    """Complete or not."""
+    problems: list[Problem]
+    beside: list[Problem]
+    """About files and folders that lie between those of the cohort and are not its own."""
+    claimed: frozenset[str]
+    """Files and whole folders that are the cohort's own."""
 
 
 def is_contour_file(name: str) -> bool:
     """Whether a file is named like a contour."""
-    return _CONTOUR_FILE.fullmatch(name) is not None
+    return structure_of(name) is not None
 
 
-def arterys_layout(root: Path, real_root: str, link_file_name: str) -> Found:
-    """Patients of `link.csv`, `dicoms/` and `contourfiles/`."""
-    links = _required_links(root, real_root, link_file_name)
-    image_folder, contour_folder = scan_folder(real_root, IMAGES), scan_folder(real_root, CONTOURS)
+def structure_of(path: str) -> str | None:
+    """The structure that a contour file draws by its name; None for another file."""
+    found = _CONTOUR_FILE.fullmatch(path, path.rfind("/") + 1)
+    return found[2].lower() if found else None
+
+
+def outline_set(path: str) -> str:
+    """The folder of all that one person drew on a patient's images, of one of its files."""
+    folder = path.rpartition("/")[0]
+    above, _, last = folder.rpartition("/")
+    return above if _CONTOUR_FOLDER.fullmatch(last) else folder
+
+
+def arterys_parts(folder: Folder, link_file_name: str) -> int:
+    """How many of the three parts of the Arterys layout lie in a folder."""
+    parts = (IMAGES in folder.folders, CONTOURS in folder.folders, link_file_name in folder.files)
+    return sum(parts)
+
+
+def arterys_layout(root: Path, real_root: str, place: str, link_file_name: str) -> Arranged:
+    """Patients of `link.csv`, `dicoms/` and `contourfiles/`, three parts of one folder `place`.
+
+    Raises
+    ------
+    LayoutError
+        If one of the three is missing, or the table is wrong.
+    """
+    links = _required_links(root, real_root, place, link_file_name)
+    table, images_place = join(place, link_file_name), join(place, IMAGES)
+    contours_place = join(place, CONTOURS)
+    image_folder = scan_folder(real_root, images_place)
+    contour_folder = scan_folder(real_root, contours_place)
     image_index, contour_index = map(_folder_index, (image_folder.folders, contour_folder.folders))
     problems = [*image_folder.problems, *contour_folder.problems]
     problems += [
@@ -78,20 +115,22 @@ def arterys_layout(root: Path, real_root: str, link_file_name: str) -> Found:
     ]
     patients = []
     for link in links:
-        leaving = _leaving(link, link_file_name)
+        leaving = _leaving(link, table)
         if leaving:
             problems.append(leaving)
             continue
         image_name = _find(link.patient_id, image_index)
         contour_name = _find(link.original_id, contour_index)
-        images, image_problems = _images_below(real_root, IMAGES, image_name)
-        outlines, contour_problems = _outlines_below(real_root, contour_name, link.patient_id)
+        images, image_problems = _images_below(real_root, images_place, image_name)
+        outlines, contour_problems = _outlines_below(
+            real_root, contours_place, contour_name, link.patient_id
+        )
         problems += image_problems + contour_problems
         patients.append(
             Patient(
                 patient_id=link.patient_id,
-                image_place=join(IMAGES, image_name or link.patient_id),
-                contour_place=join(CONTOURS, contour_name or link.original_id),
+                image_place=join(images_place, image_name or link.patient_id),
+                contour_place=join(contours_place, contour_name or link.original_id),
                 images=images,
                 outlines=outlines,
             )
@@ -100,34 +139,34 @@ def arterys_layout(root: Path, real_root: str, link_file_name: str) -> Found:
     drawn = {_find(link.original_id, contour_index) for link in links}
     problems += _unlinked(image_folder, linked, link_file_name)
     problems += _unlinked(contour_folder, drawn, link_file_name)
-    return patients, problems
+    return Arranged(patients, problems, [], frozenset((table, images_place, contours_place)))
 
 
-def _required_links(root: Path, real_root: str, link_file_name: str) -> list[Link]:
+def _required_links(root: Path, real_root: str, place: str, link_file_name: str) -> list[Link]:
     """The link table of the Arterys layout, once the three parts of the layout are there."""
-    top = scan_folder(real_root, "")
+    top, here = scan_folder(real_root, place), root / place
     for folder, column in ((IMAGES, "patient_id"), (CONTOURS, "original_id")):
         if folder not in top.folders:
             raise LayoutError(
-                f"{root}: needs a folder {folder}/ that holds one folder per {column} of "
+                f"{here}: needs a folder {folder}/ that holds one folder per {column} of "
                 f"{link_file_name}; a link that leads out of the data directory does not count"
             )
-    table = root / link_file_name
+    table = here / link_file_name
     if not table.is_file() or not table.resolve().is_relative_to(real_root):
         raise LayoutError(
-            f"{root}: there is no {link_file_name}, a CSV table with the columns patient_id "
+            f"{here}: there is no {link_file_name}, a CSV table with the columns patient_id "
             f"(folders in {IMAGES}/) and original_id (folders in {CONTOURS}/); set link_file_name "
             "if it has another name, --source if this is another kind of data"
         )
     return read_links(table)
 
 
-def _leaving(link: Link, link_file_name: str) -> Problem | None:
+def _leaving(link: Link, table: str) -> Problem | None:
     """A row that leads out of the data directory."""
     for column, cell in (("patient_id", link.patient_id), ("original_id", link.original_id)):
         if leaves_directory(cell):
             detail = f"line {link.line}: its {column} leads out of the data directory"
-            return Problem(link_file_name, Reason.OUTSIDE_DATA_DIRECTORY, detail)
+            return Problem(table, Reason.OUTSIDE_DATA_DIRECTORY, detail)
     return None
 
 
@@ -178,14 +217,14 @@ def _images_below(
 
 
 def _outlines_below(
-    real_root: str, folder_name: str | None, patient_id: str
+    real_root: str, place: str, folder_name: str | None, patient_id: str
 ) -> tuple[list[Outline], list[Problem]]:
     """Contour files in a patient's folder and below it."""
     outlines: list[Outline] = []
     problems: list[Problem] = []
     if folder_name is None:
         return outlines, problems
-    for folder in walk(real_root, join(CONTOURS, folder_name)):
+    for folder in walk(real_root, join(place, folder_name)):
         found, trouble = _outlines_in(folder.path, folder.files, patient_id)
         outlines += found
         problems += [*folder.problems, *trouble]
@@ -214,34 +253,45 @@ def _outlines_in(
     return outlines, problems
 
 
-def original_layout(root: Path, real_root: str, link_file_name: str) -> Found:
-    """Patients by the names of folders, wherever contours and images lie.
+def original_layout(root: Path, folders: Sequence[Folder], link_file_name: str) -> Arranged:
+    """Patients by the names of folders, wherever contours and images lie among `folders`.
 
     Raises
     ------
     LayoutError
-        If no contour lies in a folder named like a patient, or a table of links is wrong.
+        If a table of links is wrong.
     """
-    folders = list(walk(real_root, ""))
     cases, problems = _cases(folders)
-    if not cases:
-        raise LayoutError(
-            f"{root}: no contour file ({_CONTOUR_NAME}) lies in a folder named like a patient "
-            f"(SC-HF-I-01), nor are there {IMAGES}/, {CONTOURS}/ and {link_file_name}"
-        )
-    tables = [file for file in (link_file_name, PATIENT_TABLE) if file in folders[0].files]
-    links = read_links(root / tables[0]) if tables else []
+    tables = _tables(folders, [case.contour_place for case in cases.values()], link_file_name)
+    links = [link for table in tables for link in read_links(root / table)]
     names = {canonical_name(link.patient_id): link.original_id for link in links}
+    beside: list[Problem] = []
     for folder in folders:
         images, strays = _images_in(folder, tables)
-        problems += [*folder.problems, *strays]
+        beside += [*folder.problems, *strays]
         case = _find_case(folder.path, cases, names)
         if case:
             case.images.extend(images)
         elif images:
             detail = f"{len(images)} possible images, but no contours of a patient of this name"
-            problems.append(Problem(folder.path or ".", Reason.UNLINKED_FOLDER, detail))
-    return list(cases.values()), problems
+            beside.append(Problem(folder.path or ".", Reason.UNLINKED_FOLDER, detail))
+    drawn = (join(folder.path, f) for folder in folders for f in folder.files if is_contour_file(f))
+    images_of_cases = (path for case in cases.values() for path in case.images)
+    claimed = frozenset((*drawn, *images_of_cases, *tables))
+    return Arranged(list(cases.values()), problems, beside, claimed)
+
+
+def _tables(folders: Iterable[Folder], places: Sequence[str], link_file_name: str) -> list[str]:
+    """The link table of each folder on the way to contours, where it has one."""
+    above = {
+        "/".join(place.split("/")[:k]) for place in places for k in range(place.count("/") + 1)
+    }
+    found = []
+    for folder in folders:
+        names = [f for f in (link_file_name, PATIENT_TABLE) if f in folder.files]
+        if names and folder.path in above:
+            found.append(join(folder.path, names[0]))
+    return found
 
 
 def _cases(folders: Iterable[Folder]) -> tuple[dict[CanonicalName, Patient], list[Problem]]:

@@ -2,6 +2,7 @@
 
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset, open_dataset
 from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, Hdf5Writer
+from parallel_dicomseg.store.headers import keyword_from_user
 from parallel_dicomseg.store.verify import Verification, verify_file
 from parallel_dicomseg.store.zarr import check_mirror, mirror_to_zarr
 
@@ -13,6 +14,7 @@ __all__ = [
     "Hdf5Writer",
     "Verification",
     "check_mirror",
+    "keyword_from_user",
     "mirror_to_zarr",
     "open_dataset",
     "verify_file",

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 from parallel_dicomseg.codec import CODECS, decode
 from parallel_dicomseg.errors import LayoutError
 from parallel_dicomseg.records import Checks, Problem, Reason
-from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, chunk_index
+from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, chunk_index, view_shape
+from parallel_dicomseg.store.headers import plain_header, plain_value
 
 _SCALE_ATTRIBUTES = ("DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "CLASS", "NAME")
 # What the root says besides format, version and codec; 0 and 1.0 are both numbers.
@@ -25,14 +26,21 @@ _ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
     "source": str,
     "rule": str,
     "contour_origin": (int, float),
+    "partial_overlap": str,
     "include_unannotated": bool,
+    "resampled": bool,
+    "pad_value": (int, float, str),
+    "invert_monochrome1": bool,
     "keep_identity": bool,
+    "pseudonyms": str,
+    "dates": str,
+    "hashed_paths": bool,
     **{f"check_{threshold.name}": (int, float) for threshold in fields(Checks)},
 }
 
 
 class ChunkedArray:
-    """The slices of one dataset, (n, rows, columns), read without HDF5 and without its lock.
+    """The slices of one dataset, (n, rows, columns[, samples]), read without HDF5 and its lock.
 
     Safe to use from several threads, and after a fork: every read is one `pread`.
     """
@@ -42,9 +50,9 @@ class ChunkedArray:
         self._codec = codec
         self._path = path
         self.name: str = dataset.name
-        self.shape: tuple[int, int, int] = dataset.shape
+        self.shape: tuple[int, ...] = dataset.shape
         self.dtype: np.dtype[Any] = dataset.dtype
-        if len(self.shape) != 3 or dataset.chunks != (1, *self.shape[1:]):
+        if len(self.shape) not in {3, 4} or dataset.chunks != (1, *self.shape[1:]):
             raise ValueError(f"shape {self.shape} in chunks {dataset.chunks}, not one per slice")
         self.offsets, self.sizes = chunk_index(dataset.id, dataset.shape[0])
 
@@ -52,7 +60,7 @@ class ChunkedArray:
         return self.shape[0]
 
     def __getitem__(self, row: int) -> NDArray[Any]:
-        """One slice, (rows, columns)."""
+        """One slice, (rows, columns[, samples])."""
         out = np.empty(self.shape[1:], self.dtype)
         self.read_into(range(len(self))[row], out)
         return out
@@ -72,7 +80,7 @@ class ChunkedArray:
         return chunk
 
     def read_into(self, row: int, out: NDArray[Any], crc32c: int | None = None) -> None:
-        """Decode one slice into `out` (rows, columns), C-contiguous, of this dtype.
+        """Decode one slice into `out` (rows, columns[, samples]), C-contiguous, of this dtype.
 
         Parameters
         ----------
@@ -138,7 +146,13 @@ class Dataset:
     @property
     def shape(self) -> tuple[int, int, int]:
         """(slices, rows, columns)."""
-        return self.images.shape
+        slices, rows, columns = self.images.shape[:3]
+        return slices, rows, columns
+
+    @property
+    def samples(self) -> int:
+        """Samples of a pixel: 1, or 3 (red, green, blue), the last axis of images then."""
+        return view_shape(self.images.shape)[2]
 
     @property
     def image_dtype(self) -> np.dtype[Any]:
@@ -151,7 +165,7 @@ class Dataset:
         return self.masks.dtype
 
     def columns(self, group: str = "table") -> tuple[str, ...]:
-        """Names of the columns of /table (or /series, /rejected)."""
+        """Names of the columns of /table (or /series, /volumes, /headers, /rejected)."""
         with _reading(self.path, f"/{group}"):
             return tuple(self._file[group])
 
@@ -166,13 +180,45 @@ class Dataset:
             return _plain_attributes(self._file[name])
 
     def column(self, name: str, group: str = "table") -> NDArray[Any]:
-        """One column of /table (or /series), (n, …); text as fixed-length bytes."""
+        """One column of /table (or another group), (n, …); text as fixed-length bytes."""
         if name not in self.columns(group):
             known = ", ".join(self.columns(group))
             raise LayoutError(f"{self.path}: no column {name!r} in /{group}, there are {known}")
         with _reading(self.path, f"/{group}/{name}"):
             values: NDArray[Any] = self._file[group][name][()]
         return values
+
+    def header(self, row: int) -> dict[str, Any]:
+        """The DICOM attributes of one slice: what its series has in common, and what varies.
+
+        Keyword -> number, text, or list of them; a private attribute's key is 'GGGGEEEE'. With
+        kept identity, what the scan did not collect is that of the first image of the series.
+        """
+        row = range(len(self))[row]
+        header = self.series_header(self._element("table/series_index", row))
+        for keyword in self.columns("headers"):
+            text = self._element(f"headers/{keyword}", row)
+            header.pop(keyword, None)
+            if text:
+                header[keyword] = plain_value(keyword, text)
+        return header
+
+    def series_header(self, series: int) -> dict[str, Any]:
+        """The DICOM attributes that all images of a series share, as `header` gives them."""
+        text = self._element("series/header", series)
+        with _reading(self.path, f"/series/header[{series}]"):
+            return plain_header(text.decode())
+
+    def _element(self, name: str, row: int) -> Any:
+        """One row of a column, without the others."""
+        with _reading(self.path, f"/{name}[{row}]"):
+            return self._file[name][row]
+
+    @property
+    def decoders(self) -> dict[str, str]:
+        """What decoded each compressed transfer syntax, by its UID."""
+        pairs = (str(text).partition(" ") for text in self.attributes.get("decoders", ()))
+        return {uid: decoder for uid, _, decoder in pairs}
 
     def view(self, name: str) -> tuple[tuple[int, ...], str]:
         """The shape of a virtual view, and the name of the array that it shows all of.

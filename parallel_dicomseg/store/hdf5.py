@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, fields
@@ -22,27 +23,54 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.codec import checksums_of_file, filters
+from parallel_dicomseg.deidentify import Policy, conceal_paths
 from parallel_dicomseg.errors import ConversionError, VerificationError
 from parallel_dicomseg.records import (
     FLAGS,
+    Bytes,
     EncodedChunk,
+    Float64,
+    Headers,
     Int64,
     Layout,
     Measured,
     Problem,
+    Reason,
     SliceTable,
     Summary,
 )
+from parallel_dicomseg.store.headers import (
+    Fragment,
+    full_header,
+    method_of,
+    series_json,
+    varying_headers,
+)
 from parallel_dicomseg.store.lock import locked
-from parallel_dicomseg.store.table import Columns, rejected_columns, series_columns, table_columns
+from parallel_dicomseg.store.table import (
+    WHOLE_IMAGE,
+    Columns,
+    rejected_columns,
+    series_columns,
+    table_columns,
+    texts,
+    volume_columns,
+)
 
 FORMAT = "parallel_dicomseg"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 PARTIAL_SUFFIX = ".partial"
 
 _COLUMN_CHUNK_ROWS = 16384
+# Of a column's chunk, where rows are long texts.
+_COLUMN_CHUNK_BYTES = 1 << 20
 # Chunks that one thread reads back at a time.
 _CHUNKS_PER_CHECK = 256
+
+#: Names of the axes of /images, of which a grey one lacks the last.
+IMAGE_AXES = ("slice", "row", "column", "sample")
+#: The attribute pad_value where each slice is padded with its own smallest value.
+SLICE_MINIMUM = "minimum"
 
 INTENSITY_STATISTICS = ("minimum", "maximum", "mean", "standard_deviation")
 
@@ -54,7 +82,12 @@ _SECOND_AXES = {
     "image_position_patient": "patient_axis",
     "image_orientation_patient": "direction_cosine",
     "pixel_spacing": "spacing_axis",
+    "source_pixel_spacing": "spacing_axis",
+    "grid_origin": "spacing_axis",
+    "grid_step": "spacing_axis",
     "structure_annotated": "structure",
+    "outlined": "structure",
+    "cropped": "structure",
     "area": "structure",
     "area_mm2": "structure",
     "components": "structure",
@@ -65,9 +98,14 @@ _SECOND_AXES = {
 _UNITS = {
     "image_position_patient": "mm",
     "pixel_spacing": "mm",
+    "source_pixel_spacing": "mm",
+    "grid_origin": "source pixel",
+    "grid_step": "source pixel",
+    "slice_distance": "mm",
     "slice_thickness": "mm",
     "area": "pixel",
     "area_mm2": "mm2",
+    "cropped": "pixel",
     "outside": "pixel",
     "ellipse_residual": "mean radius",
 }
@@ -81,12 +119,49 @@ class Hdf5Writer:
     """
 
     def __init__(
-        self, output: Path, layout: Layout, slices: SliceTable, *, overwrite: bool = False
+        self,
+        output: Path,
+        layout: Layout,
+        slices: SliceTable,
+        *,
+        headers: Headers | None = None,
+        grid: Float64 | None = None,
+        identity: Policy | None = None,
+        root: str = "",
+        decoders: Mapping[str, str] | None = None,
+        overwrite: bool = False,
     ) -> None:
+        """Prepare; nothing is written before the context is entered.
+
+        Parameters
+        ----------
+        output
+            The file that `publish` makes.
+        layout, slices
+            Of the plan, n slices.
+        headers
+            Attributes of the n slices; none by default.
+        grid
+            (n, 4) where each stored image lies on its source, as in `SliceRefs.grid`; by default
+            all are stored as they are.
+        identity
+            What the file may say of patients; `layout.keep_identity` alone by default.
+        root
+            The data directory, from which headers are read in full where identity is kept.
+        decoders
+            What decoded each compressed transfer syntax, by its UID.
+        overwrite
+            Replace an existing output.
+        """
         self._output = output
         self._partial = output.with_name(output.name + PARTIAL_SUFFIX)
         self._layout = layout
         self._slices = slices
+        self._headers = headers or {}
+        self._grid = np.tile(WHOLE_IMAGE, (len(slices), 1)) if grid is None else grid
+        self._identity = identity or Policy(keep_identity=layout.keep_identity)
+        self._root = root
+        self._decoders = decoders or {}
         self._overwrite = overwrite
         self._held = ExitStack()
         self._file: h5py.File | None = None
@@ -104,8 +179,13 @@ class Hdf5Writer:
             held.enter_context(locked(self._output))
             with _as_conversion_error(self._partial):
                 self._file = _create(self._partial)
-            self._images = _chunked(self._file, b"images", layout, layout.image_dtype)
-            self._masks = _chunked(self._file, b"masks", layout, layout.mask_dtype)
+            shape = (layout.slices, layout.rows, layout.columns)
+            samples = (layout.samples,) if layout.samples > 1 else ()
+            codec = layout.codec
+            self._images = _chunked(
+                self._file, b"images", (*shape, *samples), layout.image_dtype, codec
+            )
+            self._masks = _chunked(self._file, b"masks", shape, layout.mask_dtype, codec)
             self._held = held.pop_all()
         return self
 
@@ -141,13 +221,14 @@ class Hdf5Writer:
         # A slice's image and mask lie side by side: one read ahead gets both, and the bytes of
         # the file do not depend on how many slices a task has.
         image_end, mask_end = 0, 0
+        corner = (0,) * (self._images.rank - 1)
         sizes = zip(image_sizes.tolist(), mask_sizes.tolist(), strict=True)
         for row, (image_size, mask_size) in enumerate(sizes, self._rows):
             image_start, image_end = image_end, image_end + image_size
             mask_start, mask_end = mask_end, mask_end + mask_size
-            position = (row, 0, 0)
-            self._images.write_direct_chunk(position, chunk.image_bytes[image_start:image_end])
-            self._masks.write_direct_chunk(position, chunk.mask_bytes[mask_start:mask_end])
+            image = chunk.image_bytes[image_start:image_end]
+            self._images.write_direct_chunk((row, *corner), image)
+            self._masks.write_direct_chunk((row, 0, 0), chunk.mask_bytes[mask_start:mask_end])
 
     def publish(self, problems: Sequence[Problem]) -> Summary:
         """Write the tables, check the chunk index, and give the file its name.
@@ -160,29 +241,90 @@ class Hdf5Writer:
         file = self._file
         if file is None:
             raise ConversionError("the writer is not open")
-        problems = (*problems, *self._problems)
+        found = conceal_paths((*problems, *self._problems), self._slices.path, self._identity)
         if not self._rows:
             raise ConversionError(
                 f"none of {self.slices_seen} slices could be converted; the first reason: "
-                + (f"{problems[0].path}: {problems[0].detail}" if problems else "unknown")
+                + (f"{found[0].path}: {found[0].detail}" if found else "unknown")
             )
-        slices = self._slices.take(np.concatenate(self._kept))
+        kept = np.concatenate(self._kept)
+        whole = len(kept) == len(self._slices)
+        slices = self._slices if whole else self._slices.take(kept)
         measured = _joined(self._measured)
         sizes = np.concatenate(self._chunks.sizes, axis=1)
         crc32c = np.concatenate(self._chunks.crc32c, axis=1)
-        table = table_columns(slices, measured, self._layout)
+        table = table_columns(slices, measured, self._grid[kept], self._identity)
         table |= {"image_crc32c": crc32c[0], "mask_crc32c": crc32c[1]}
         with _as_conversion_error(self._partial):
             for dataset in (self._images, self._masks):
-                dataset.set_extent((self._rows, self._layout.rows, self._layout.columns))
-            _write_metadata(file, self._layout, self._rows, table, slices, problems)
+                dataset.set_extent((self._rows, *dataset.shape[1:]))
+            found = self._write_metadata(file, table, slices, kept, found)
             file.close()
             _check_chunks(self._partial, sizes, crc32c)
             if self._output.exists() and not self._overwrite:
                 raise ConversionError(f"{self._output} has appeared meanwhile, it is left alone")
             _rename_durably(self._partial, self._output)
         self._file = None
-        return self._summary(slices, measured, table, problems)
+        return self._summary(slices, measured, table, found)
+
+    def _write_metadata(
+        self,
+        file: h5py.File,
+        table: Columns,
+        slices: SliceTable,
+        kept: Int64,
+        problems: tuple[Problem, ...],
+    ) -> tuple[Problem, ...]:
+        """Everything but the chunks; the problems, and those of headers that cannot be read."""
+        images, masks = file["images"], file["masks"]
+        _write_attributes(file, self._layout, self._identity, self._decoders)
+        _describe_arrays(images, masks, self._layout)
+        scales = _Scales(file)
+        scales.attach(images, *IMAGE_AXES[: images.ndim])
+        scales.attach(masks, *IMAGE_AXES[: masks.ndim])
+        _write_columns(file, "table", table, scales, "slice")
+        series = series_columns(slices, table)
+        headers, unread = self._write_headers(file, scales, slices, kept, series["first_slice"])
+        _write_columns(file, "series", series | {"header": headers}, scales, "series_number")
+        _write_columns(file, "volumes", volume_columns(table), scales, "volume_number")
+        problems = (*problems, *unread)
+        _write_columns(file, "rejected", rejected_columns(problems), scales, "rejection")
+        file["table/flags"].attrs["flag_names"] = list(FLAGS)
+        file["table/intensity"].attrs["statistics"] = list(INTENSITY_STATISTICS)
+        for name, source in (("input", images), ("output", masks)):
+            _write_view(file, name, source, scales)
+        return problems
+
+    def _write_headers(
+        self, file: h5py.File, scales: _Scales, slices: SliceTable, kept: Int64, first: Int64
+    ) -> tuple[Bytes, tuple[Problem, ...]]:
+        """Write /headers; the JSON of each series (k,), and what could not be read for it."""
+        _new_group(file, "headers")
+        constant = [method_of(self._identity) for _ in first.tolist()]
+        # one by one: the codes of all attributes are larger than the rest of the cohort
+        headers = ((keyword, column.take(kept)) for keyword, column in self._headers.items())
+        varying = varying_headers(headers, slices.patient_id, first, self._identity, constant)
+        for keyword, column in varying:
+            _write_column(file["headers"], keyword, column, scales, "slice")
+        unread: list[Problem] = []
+        if not self._identity.keep_identity:
+            return texts([series_json(members) for members in constant]), ()
+        described = [
+            self._full_header(os.fsdecode(path), members, unread)
+            for path, members in zip(slices.path[first].tolist(), constant, strict=True)
+        ]
+        return texts(described), tuple(unread)
+
+    def _full_header(self, path: str, known: list[Fragment], unread: list[Problem]) -> str:
+        try:
+            return full_header(os.path.join(self._root, path))  # noqa: PTH118  # bytes of any kind
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            detail = (
+                f"the full header cannot be read again, only listed attributes are kept: {reason}"
+            )
+            unread.append(Problem(path, Reason.UNREADABLE_FILE, detail))
+            return series_json(known)
 
     def _summary(
         self, slices: SliceTable, measured: Measured, table: Columns, problems: tuple[Problem, ...]
@@ -269,14 +411,15 @@ def _timeless(kind: Any) -> Any:
     return properties
 
 
-def _chunked(file: h5py.File, name: bytes, layout: Layout, dtype: str) -> h5py.h5d.DatasetID:
+def _chunked(
+    file: h5py.File, name: bytes, shape: tuple[int, ...], dtype: str, codec: str
+) -> h5py.h5d.DatasetID:
     """Create a dataset of one chunk per slice, without asking for the filter to be installed."""
-    shape = (layout.slices, layout.rows, layout.columns)
     itemsize = np.dtype(dtype).itemsize
     properties = _timeless(h5py.h5p.DATASET_CREATE)
     properties.set_chunk((1, *shape[1:]))
     properties.set_fill_time(h5py.h5d.FILL_TIME_NEVER)
-    for stage in filters(layout.codec, itemsize, shape[1] * shape[2] * itemsize):
+    for stage in filters(codec, itemsize, math.prod(shape[1:]) * itemsize):
         properties.set_filter(stage.number, h5py.h5z.FLAG_OPTIONAL, stage.values)
     return h5py.h5d.create(
         file.id,
@@ -318,46 +461,38 @@ def _joined(measured: Sequence[Measured]) -> Measured:
 # --- everything but the chunks -------------------------------------------------------------------
 
 
-def _write_metadata(
-    file: h5py.File,
-    layout: Layout,
-    rows: int,
-    table: Columns,
-    slices: SliceTable,
-    problems: Sequence[Problem],
-) -> None:
-    images, masks = file["images"], file["masks"]
-    _write_attributes(file, images, masks, layout)
-    scales = _Scales(file)
-    scales.attach(images, "slice", "row", "column")
-    scales.attach(masks, "slice", "row", "column")
-    _write_columns(file, "table", table, scales, "slice")
-    _write_columns(file, "series", series_columns(slices, table), scales, "series_number")
-    _write_columns(file, "rejected", rejected_columns(problems), scales, "rejection")
-    file["table/flags"].attrs["flag_names"] = list(FLAGS)
-    file["table/intensity"].attrs["statistics"] = list(INTENSITY_STATISTICS)
-    pixels = layout.rows * layout.columns
-    for name, source in (("input", images), ("output", masks)):
-        _write_view(file, name, source, (rows, pixels))
-        scales.attach(file[name], "slice", "pixel")
-        file[name].attrs["lshape"] = np.array([layout.rows, layout.columns, 1], np.int64)
-
-
 def _write_attributes(
-    file: h5py.File, images: h5py.Dataset, masks: h5py.Dataset, layout: Layout
+    file: h5py.File, layout: Layout, identity: Policy, decoders: Mapping[str, str]
 ) -> None:
-    file.attrs["format"] = FORMAT
-    file.attrs["format_version"] = FORMAT_VERSION
-    file.attrs["software_version"] = version("parallel_dicomseg")
-    file.attrs["source"] = layout.source
-    file.attrs["codec"] = layout.codec
-    file.attrs["rule"] = layout.rule
-    file.attrs["contour_origin"] = layout.contour_origin
-    file.attrs["include_unannotated"] = layout.include_unannotated
-    file.attrs["keep_identity"] = layout.keep_identity
-    for name, threshold in asdict(layout.checks).items():
-        file.attrs[f"check_{name}"] = threshold
+    attributes = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "software_version": version("parallel_dicomseg"),
+        "source": layout.source,
+        "codec": layout.codec,
+        "rule": layout.rule,
+        "contour_origin": layout.contour_origin,
+        "partial_overlap": layout.partial_overlap,
+        "include_unannotated": layout.include_unannotated,
+        "resampled": layout.resampled,
+        "pad_value": SLICE_MINIMUM if math.isnan(layout.pad_value) else layout.pad_value,
+        "invert_monochrome1": layout.invert_monochrome1,
+        "keep_identity": identity.keep_identity,
+        "pseudonyms": identity.pseudonyms,
+        "dates": identity.dates,
+        "hashed_paths": identity.hash_paths and not identity.keep_identity,
+        **{f"check_{name}": threshold for name, threshold in asdict(layout.checks).items()},
+    }
+    for name, value in attributes.items():
+        file.attrs[name] = value
+    if decoders:
+        file.attrs["decoders"] = [f"{uid} {decoders[uid]}" for uid in sorted(decoders)]
+
+
+def _describe_arrays(images: h5py.Dataset, masks: h5py.Dataset, layout: Layout) -> None:
     images.attrs["long_name"] = "rescaled pixel values"
+    if images.ndim == len(IMAGE_AXES):
+        images.attrs["samples"] = ["red", "green", "blue"]
     masks.attrs["long_name"] = "bit s is structure s"
     masks.attrs["encoding"] = "bits"
     masks.attrs["structures"] = list(layout.structures)
@@ -387,39 +522,57 @@ class _Scales:
         return self._made[name]
 
 
+def _new_group(file: h5py.File, name: str) -> None:
+    h5py.h5g.create(file.id, name.encode(), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
+
+
 def _write_columns(
     file: h5py.File, group: str, columns: Columns, scales: _Scales, axis: str
 ) -> None:
-    h5py.h5g.create(file.id, group.encode(), gcpl=_timeless(h5py.h5p.GROUP_CREATE))
+    _new_group(file, group)
     for name, column in columns.items():
-        dtype = column.dtype
-        if dtype.kind == "S":
-            dtype = h5py.string_dtype("utf-8", dtype.itemsize)
-        chunked = (
-            {"chunks": (min(len(column), _COLUMN_CHUNK_ROWS), *column.shape[1:])}
-            | {"compression": "gzip", "compression_opts": 1, "shuffle": True}
-            if column.size
-            else {}
-        )
-        dataset = file[group].create_dataset(
-            name, data=column.astype(dtype), track_times=False, **chunked
-        )
-        axes = (axis,) if column.ndim == 1 else (axis, _SECOND_AXES[name])
-        scales.attach(dataset, *axes)
-        if name in _UNITS:
-            dataset.attrs["units"] = _UNITS[name]
+        _write_column(file[group], name, column, scales, axis)
 
 
-def _write_view(file: h5py.File, name: str, source: h5py.Dataset, shape: tuple[int, int]) -> None:
+def _write_column(
+    group: h5py.Group, name: str, column: NDArray[Any], scales: _Scales, axis: str
+) -> None:
+    dtype = column.dtype
+    if dtype.kind == "S":
+        dtype = h5py.string_dtype("utf-8", dtype.itemsize)
+    row_bytes = max(1, column.nbytes // max(1, len(column)))
+    rows = max(1, min(len(column), _COLUMN_CHUNK_ROWS, _COLUMN_CHUNK_BYTES // row_bytes))
+    chunked = (
+        {"chunks": (rows, *column.shape[1:])}
+        | {"compression": "gzip", "compression_opts": 1, "shuffle": True}
+        if column.size
+        else {}
+    )
+    dataset = group.create_dataset(name, data=column.astype(dtype), track_times=False, **chunked)
+    axes = (axis,) if column.ndim == 1 else (axis, _SECOND_AXES[name])
+    scales.attach(dataset, *axes)
+    if name in _UNITS:
+        dataset.attrs["units"] = _UNITS[name]
+
+
+def _write_view(file: h5py.File, name: str, source: h5py.Dataset, scales: _Scales) -> None:
     """A virtual dataset: the same pixels, flattened, as the original loader reads them.
 
     Source and target select equally many points in the same order, which is all that HDF5 asks
     of a mapping; h5py's own VirtualLayout wants equal ranks, so this goes below it.
     """
     properties = _timeless(h5py.h5p.DATASET_CREATE)
-    target = h5py.h5s.create_simple(shape)
+    target = h5py.h5s.create_simple((len(source), math.prod(source.shape[1:])))
     properties.set_virtual(target, b".", source.name.encode(), source.id.get_space())
     h5py.h5d.create(file.id, name.encode(), source.id.get_type(), target, properties)
+    scales.attach(file[name], "slice", "value" if source.ndim == len(IMAGE_AXES) else "pixel")
+    file[name].attrs["lshape"] = np.array(view_shape(source.shape), np.int64)
+
+
+def view_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    """(rows, columns, samples) of a slice of an array of this shape."""
+    rows, columns, samples = (*shape[1:], 1)[:3]
+    return rows, columns, samples
 
 
 def _rename_durably(partial: Path, output: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +18,8 @@ from parallel_dicomseg.checks import measure_intensity, measure_masks, raise_fla
 from parallel_dicomseg.errors import LayoutError
 from parallel_dicomseg.records import FLAGS, Checks, Int64, Progress
 from parallel_dicomseg.store.dataset import Dataset, open_dataset
-from parallel_dicomseg.store.table import Columns
+from parallel_dicomseg.store.hdf5 import view_shape
+from parallel_dicomseg.store.table import Columns, volume_columns
 
 _SLICES_PER_BLOCK = 64
 # Of the decoded images of a block; every thread holds one.
@@ -25,10 +27,25 @@ _BYTES_PER_BLOCK = 64 << 20
 
 # Flags that follow from other columns of the table. "several-components" needs the number of
 # outlines, of which the table knows only whether there is one: it can be refuted, not confirmed.
-_CONFIRMED_FLAGS = ("mask-too-large", "empty-mask", "not-an-ellipse", "inner-not-inside-outer")
+_CONFIRMED_FLAGS = (
+    "mask-too-large",
+    "empty-mask",
+    "not-an-ellipse",
+    "inner-not-inside-outer",
+    "cut-by-crop",
+)
 _REFUTED_FLAGS = ("several-components",)
 
-_SERIES_COLUMNS = ("patient_id", "first_slice", "slices")
+_SERIES_COLUMNS = ("patient_id", "first_slice", "slices", "header")
+_VOLUME_COLUMNS = (
+    "series_index",
+    "patient_id",
+    "first_slice",
+    "slices",
+    "slice_distance",
+    "regular",
+)
+_SPLITS = frozenset({b"", b"train", b"validation", b"test"})
 _REJECTED_COLUMNS = ("path", "reason", "detail", "rejection")
 
 
@@ -54,8 +71,9 @@ def verify_file(
     """Read everything in a file, and compare what is said twice.
 
     Every chunk is compared with its checksum and decoded; area, components, nesting and intensity
-    are measured again; the columns that follow from others are computed again; /series,
-    /rejected and the views are compared with the table.
+    are measured again; the columns that follow from others are computed again; /series, /volumes,
+    /headers, /rejected and the views are compared with the table; no patient may be in two parts
+    of the split.
 
     Raises
     ------
@@ -66,10 +84,13 @@ def verify_file(
     with open_dataset(path) as dataset:
         table, problems = _read_table(dataset)
         problems += _check_table(dataset, table)
+        problems += _check_split(table)
         problems += _check_series(dataset, table)
+        problems += _check_volumes(dataset, table)
+        problems += _check_headers(dataset)
         problems += _check_rejected(dataset)
         problems += _check_views(dataset)
-        if dataset.masks.shape != dataset.images.shape:
+        if dataset.masks.shape != dataset.images.shape[:3]:
             problems.append(f"/masks is {dataset.masks.shape}, /images is {dataset.images.shape}")
         else:
             problems += _check_pixels(dataset, table, progress)
@@ -83,10 +104,17 @@ def _expected_columns(dataset: Dataset) -> dict[str, tuple[str, tuple[int, ...]]
     """Kind of type and shape of the columns that are compared with others or with the pixels."""
     slices, structures = len(dataset), len(dataset.structures)
     return {
+        "patient_id": ("S", (slices,)),
+        "split": ("S", (slices,)),
         "series_index": ("i", (slices,)),
+        "volume": ("i", (slices,)),
+        "image_position_patient": ("f", (slices, 3)),
+        "image_orientation_patient": ("f", (slices, 6)),
         "pixel_spacing": ("f", (slices, 2)),
         "annotated": ("b", (slices,)),
         "structure_annotated": ("b", (slices, structures)),
+        "outlined": ("b", (slices, structures)),
+        "cropped": ("i", (slices, structures)),
         "area": ("i", (slices, structures)),
         "area_mm2": ("f", (slices, structures)),
         "components": ("i", (slices, structures)),
@@ -149,6 +177,8 @@ def _check_table(dataset: Dataset, table: Columns) -> list[str]:
     pixel_area = table["pixel_spacing"].prod(axis=1, keepdims=True)
     derived = {
         "annotated": table["structure_annotated"].any(axis=1),
+        "structure_annotated": table["structure_annotated"] | table["outlined"],
+        "outlined": table["outlined"] | (table["area"] > 0),
         "area_mm2": table["area"] * pixel_area,
     }
     rows = np.arange(len(dataset))
@@ -162,10 +192,11 @@ def _check_flags(dataset: Dataset, table: Columns) -> list[str]:
         components=table["components"],
         outside=table["outside"],
         ellipse_residual=table["ellipse_residual"],
-        ring_count=table["structure_annotated"].astype(np.int32),
+        ring_count=table["outlined"].astype(np.int32),
         nested=dataset.nested,
         pixels=rows * columns,
         longer_than_header=np.zeros(len(dataset), np.bool_),
+        cropped=table["cropped"],
         checks=Checks(**{f.name: dataset.attributes[f"check_{f.name}"] for f in fields(Checks)}),
     ).astype(np.int64)
     stored = table["flags"].astype(np.int64)
@@ -187,15 +218,19 @@ def _names(bits: np.int64) -> str:
     )
 
 
-def _differences(table: Columns, rows: Int64, truth: Columns, source: str) -> list[str]:
-    """A sentence for each of `rows` where a column of the table is not what `source` gives."""
+def _differences(
+    table: Columns, rows: Int64, truth: Columns, source: str, group: str = "/table"
+) -> list[str]:
+    """A sentence for each of `rows` where a column of a group is not what `source` gives."""
     problems = []
     for name, values in truth.items():
         stored = table[name][rows]
-        same = (values == stored) | (np.isnan(values) & np.isnan(stored))
+        same = values == stored
+        if values.dtype.kind == stored.dtype.kind == "f":
+            same |= np.isnan(values) & np.isnan(stored)
         wrong = np.flatnonzero(~same.all(axis=tuple(range(1, same.ndim))))
         problems += [
-            f"/table/{name}[{rows[k]}] is {stored[k].tolist()}, {source} {values[k].tolist()}"
+            f"{group}/{name}[{rows[k]}] is {stored[k].tolist()}, {source} {values[k].tolist()}"
             for k in wrong
         ]
     return problems
@@ -204,26 +239,81 @@ def _differences(table: Columns, rows: Int64, truth: Columns, source: str) -> li
 # --- what stands beside the table ----------------------------------------------------------------
 
 
+def _check_split(table: Columns) -> list[str]:
+    """Only parts that there are, and no patient in two of them."""
+    if not {"split", "patient_id"} <= table.keys():
+        return []
+    unknown = sorted(set(np.unique(table["split"]).tolist()) - _SPLITS)
+    problems = [f"/table/split has {part!r}, which is no part of a split" for part in unknown]
+    pairs = np.unique(np.rec.fromarrays([table["patient_id"], table["split"]]))
+    patients, parts = np.unique(pairs["f0"], return_counts=True)
+    return problems + [
+        f"/table/split has {patient.decode('utf-8', 'replace')} in {count} parts"
+        for patient, count in zip(patients[parts > 1].tolist(), parts[parts > 1], strict=True)
+    ]
+
+
 def _check_series(dataset: Dataset, table: Columns) -> list[str]:
     """The series lie one after another, cover all slices, and are those of the table."""
     series, problems = _read_columns(dataset, "series", _SERIES_COLUMNS)
     problems += _check_lengths("series", series)
+    problems = problems or _check_cover(dataset, "series", series)
     if problems:
         return problems
-    first, slices = series["first_slice"], series["slices"]
-    if first.dtype.kind != "i" or slices.dtype.kind != "i":
-        return [f"/series/first_slice and slices are {first.dtype} and {slices.dtype}"]
-    end = np.cumsum(slices)
-    if (slices < 1).any() or (first != end - slices).any() or end[-1:].tolist() != [len(dataset)]:
-        return [f"/series does not cover slices 0 to {len(dataset) - 1} in order"]
     if "series_index" in table:
-        index = np.repeat(np.arange(len(first)), slices)
-        truth = {"series_index": index}
-        problems += _differences(table, np.arange(len(index)), truth, "/series gives")
+        problems += _differences(table, *_index_of(series, "series_index"), "/series gives")
+    for row in range(len(series["header"])):
+        with _noting(problems):
+            dataset.series_header(row)
+    first = series["first_slice"]
     return problems + [
         f"/series/{name}[{row}] is not that of slice {first[row]}"
         for name in series.keys() & table.keys()
         for row in np.flatnonzero(series[name] != table[name][first])
+    ]
+
+
+def _check_volumes(dataset: Dataset, table: Columns) -> list[str]:
+    """The volumes lie one after another, cover all slices, and follow from the table."""
+    volumes, problems = _read_columns(dataset, "volumes", _VOLUME_COLUMNS)
+    problems += _check_lengths("volumes", volumes)
+    problems = problems or _check_cover(dataset, "volumes", volumes)
+    if problems or not _expected_columns(dataset).keys() <= table.keys():
+        return problems
+    problems = _differences(table, *_index_of(volumes, "volume"), "/volumes gives")
+    return problems or _differences(
+        volumes,
+        np.arange(len(volumes["slices"])),
+        volume_columns(table),
+        "the table gives",
+        "/volumes",
+    )
+
+
+def _check_cover(dataset: Dataset, group: str, columns: Columns) -> list[str]:
+    """What starts at `first_slice` and is `slices` long covers the file without gap or overlap."""
+    first, slices = columns["first_slice"], columns["slices"]
+    if first.dtype.kind != "i" or slices.dtype.kind != "i":
+        return [f"/{group}/first_slice and slices are {first.dtype} and {slices.dtype}"]
+    end = np.cumsum(slices)
+    if (slices < 1).any() or (first != end - slices).any() or end[-1:].tolist() != [len(dataset)]:
+        return [f"/{group} does not cover slices 0 to {len(dataset) - 1} in order"]
+    return []
+
+
+def _index_of(columns: Columns, name: str) -> tuple[Int64, Columns]:
+    """All rows of the table, and the column that counts what they belong to."""
+    index = np.repeat(np.arange(len(columns["slices"])), columns["slices"])
+    return np.arange(len(index)), {name: index}
+
+
+def _check_headers(dataset: Dataset) -> list[str]:
+    """Every attribute that varies has a value for every slice."""
+    columns, problems = _read_columns(dataset, "headers", ())
+    return problems + [
+        f"/headers/{keyword} is {column.dtype} {column.shape}, it should be text ({len(dataset)},)"
+        for keyword, column in columns.items()
+        if column.shape != (len(dataset),) or column.dtype.kind != "S"
     ]
 
 
@@ -252,12 +342,12 @@ def _check_lengths(group: str, columns: Columns) -> list[str]:
 
 def _check_views(dataset: Dataset) -> list[str]:
     problems: list[str] = []
-    slices, rows, columns = dataset.shape
-    for name, source in (("input", dataset.images.name), ("output", dataset.masks.name)):
+    for name, source in (("input", dataset.images), ("output", dataset.masks)):
         with _noting(problems):
             shape, shown = dataset.view(name)
             lshape = dataset.attributes_of(name).get("lshape")
-            wanted = (slices, rows * columns), source, [rows, columns, 1]
+            pixels = view_shape(source.shape)
+            wanted = (len(source), math.prod(pixels)), source.name, list(pixels)
             if (shape, shown, lshape) != wanted:
                 problems.append(
                     f"/{name} is {shape} of {shown} with lshape {lshape}, "
@@ -272,8 +362,7 @@ def _check_views(dataset: Dataset) -> list[str]:
 def _check_pixels(
     dataset: Dataset, table: Columns, progress: Callable[[Progress], None] | None
 ) -> list[str]:
-    _, rows, columns = dataset.shape
-    slice_bytes = rows * columns * dataset.image_dtype.itemsize
+    slice_bytes = math.prod(dataset.images.shape[1:]) * dataset.image_dtype.itemsize
     step = max(1, min(_SLICES_PER_BLOCK, _BYTES_PER_BLOCK // max(1, slice_bytes)))
     starts = range(0, len(dataset), step)
     problems: list[str] = []
@@ -289,8 +378,8 @@ def _check_pixels(
 
 def _check_block(dataset: Dataset, table: Columns, start: int, step: int) -> list[str]:
     rows = range(start, min(start + step, len(dataset)))
-    images = np.empty((len(rows), *dataset.shape[1:]), dataset.image_dtype)
-    masks = np.empty((len(rows), *dataset.shape[1:]), dataset.mask_dtype)
+    images = np.empty((len(rows), *dataset.images.shape[1:]), dataset.image_dtype)
+    masks = np.empty((len(rows), *dataset.masks.shape[1:]), dataset.mask_dtype)
     sound: list[int] = []
     problems: list[str] = []
     for row in rows:
@@ -320,13 +409,12 @@ def _check_measurements(
     problems = [f"/masks[{row}] has bits beyond its structures" for row in rows[stray]]
     if not _expected_columns(dataset).keys() <= table.keys():
         return problems
-    area, components, outside = measure_masks(
-        masks, table["structure_annotated"][rows], dataset.nested
-    )
+    area, components, outside = measure_masks(masks, table["outlined"][rows], dataset.nested)
+    flat = images.reshape(*images.shape[:2], math.prod(images.shape[2:]))
     measured: Columns = {
         "area": area,
         "components": components,
         "outside": outside,
-        "intensity": measure_intensity(images),
+        "intensity": measure_intensity(flat),
     }
     return _differences(table, rows, measured, "the pixels give") + problems

@@ -13,12 +13,13 @@ from typing import Any
 
 import google_crc32c
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel_dicomseg.codec import BLOSC, encode, mirror_codec
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.records import Progress
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset
-from parallel_dicomseg.store.hdf5 import FORMAT
+from parallel_dicomseg.store.hdf5 import FORMAT, IMAGE_AXES
 
 SLICES_PER_SHARD = 1024
 _MARKER = "zarr.json"
@@ -102,7 +103,7 @@ def _write_group(
         for done, _ in enumerate(shards, 1):
             if progress:
                 progress(Progress("mirror", done * len(dataset) // len(jobs), len(dataset)))
-    for name in ("table", "series", "rejected"):
+    for name in ("table", "series", "volumes", "headers", "rejected"):
         _copy_columns(dataset, group, name)
 
 
@@ -132,7 +133,7 @@ def _create_array(group: Any, array: ChunkedArray, codec: str, attributes: dict[
         compressors=blosc,
         filters=None,
         fill_value=0,
-        dimension_names=("slice", "row", "column"),
+        dimension_names=IMAGE_AXES[: len(array.shape)],
         attributes=attributes,
     )
 
@@ -142,7 +143,8 @@ def _write_shard(
 ) -> None:
     """One shard: the chunks, then the index of offsets and lengths, then its crc32c."""
     index = np.full((SLICES_PER_SHARD, 2), _MISSING, "<u8")
-    path = directory / array.name.strip("/") / "c" / str(first // SLICES_PER_SHARD) / "0" / "0"
+    corner = ["0"] * (len(array.shape) - 1)
+    path = Path(directory, array.name.strip("/"), "c", str(first // SLICES_PER_SHARD), *corner)
     path.parent.mkdir(parents=True)
     shared = codec == dataset.attributes["codec"]
     at = 0
@@ -170,4 +172,11 @@ def _copy_columns(dataset: Dataset, group: Any, name: str) -> None:
             attributes=dataset.attributes_of(f"{name}/{column}"),
         )
         if values.size:
-            array[...] = np.char.decode(values, "utf-8", "replace") if is_text else values
+            array[...] = _decoded(values) if is_text else values
+
+
+def _decoded(values: NDArray[Any]) -> NDArray[Any]:
+    """Texts as objects, each as long as it is."""
+    decoded = np.empty(values.shape, object)
+    decoded[:] = [value.decode("utf-8", "replace") for value in values.tolist()]
+    return decoded

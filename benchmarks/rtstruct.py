@@ -1,0 +1,442 @@
+"""RTSTRUCT to masks, and DICOM with RTSTRUCT to a finished file, against other converters.
+
+    python benchmarks/rtstruct.py --peers PYTHON    PYTHON has the peers, see peers_rtstruct.py
+    python benchmarks/rtstruct.py                   this project alone
+    python benchmarks/rtstruct.py --quick           once, and small
+
+Everybody works on the same generated series, in a process of its own, after its imports and a
+round that warms up, and in turns: a round of one, a round of the next. `masks`: from the folder to
+the mask of every structure as an array in memory. `file`: from the folder to image and masks on
+the disk (in memory, where it has room); ours is one compressed HDF5 file, theirs are as fast as
+they offer. Masks are compared with ours voxel by voxel. Only ratios within one run mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from peers_rtstruct import PEERS, Contestant, Masks, serve
+from printing import Emit, emitter
+
+HERE = Path(__file__).resolve()
+OURS = "parallel_dicomseg"
+WHAT = ("masks", "file")
+MEMORY_FILE_SYSTEM = Path("/dev/shm")
+WORKERS = 2
+GOALS = {"masks": 10, "file": 15}
+MEMORY_GOAL_MIB = 400
+
+Ring = NDArray[np.float64]
+"""(p, 2) pixels as (column, row)."""
+Rings = Mapping[str, Sequence[tuple[int, Ring]]]
+"""Outlines of each structure: slice and ring."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """A series and what is drawn on it."""
+
+    name: str
+    shape: tuple[int, int, int]
+    """Slices, rows, columns."""
+    rings: Rings
+
+
+# --- the cases ------------------------------------------------------------------------------------
+
+
+def circle(radius: float, column: float, row: float, points: int) -> Ring:
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    return np.stack([column + radius * np.cos(angle), row + radius * np.sin(angle)], axis=1)
+
+
+def conformance(slices: int, size: int, points: int) -> Case:
+    """Seven solids as a conformance test has them: some with holes, one in several pieces."""
+    unit, middle, centre = size / 16, (slices - 1) / 2, size / 2 - 0.3
+    drawn: dict[str, list[tuple[int, Ring]]] = {
+        name: [] for name in ("cube", "sphere", "cylinder", "torus", "cone", "straw", "pillars")
+    }
+
+    def add(name: str, k: int, radius: float, column: float = 0.0, row: float = 0.0) -> None:
+        drawn[name].append((k, circle(radius, centre + column, centre + row, points)))
+
+    side = np.linspace(-1, 1, points // 4, endpoint=False)
+    one = np.ones_like(side)
+    square = np.concatenate(
+        [np.stack(edge, 1) for edge in ((side, -one), (one, side), (-side, one), (-one, -side))]
+    )
+    for k in range(slices):
+        height = (k - middle) / (0.4 * slices)  # -1 to 1 inside the solids
+        if abs(height) >= 1:
+            continue
+        across = np.sqrt(1 - height**2)
+        drawn["cube"].append((k, centre + 4 * unit * square))
+        add("sphere", k, 5 * unit * across)
+        add("cylinder", k, 3 * unit, column=unit)
+        add("torus", k, (4 + across) * unit)
+        add("torus", k, (4 - across) * unit)
+        add("cone", k, 2.5 * unit * (1 + height) + 0.5)
+        add("straw", k, 0.8 * unit, row=-4 * unit)
+        add("straw", k, 0.5 * unit, row=-4 * unit)
+        for column in (-5 * unit, 5 * unit):
+            for row in (-5 * unit, 5 * unit):
+                add("pillars", k, unit, column, row)
+    return Case(f"conformance {size} x {size} x {slices}", (slices, size, size), drawn)
+
+
+def clinical(slices: int, size: int, points: int) -> Case:
+    """Four organs with wavy outlines: the body, both lungs, the heart and the spinal cord."""
+    rng = np.random.default_rng(7)
+    unit, centre = size / 16, size / 2
+    organs = {
+        "body": (7.2, ((0.0, 0.0),)),
+        "lungs": (2.2, ((-3.2, -0.5), (3.2, -0.5))),
+        "heart": (1.5, ((0.4, -1.0),)),
+        "spinal cord": (0.35, ((0.0, 4.0),)),
+    }
+    drawn = {
+        name: [
+            (k, _wavy(rng, radius * unit, centre + x * unit, centre + y * unit, points))
+            for k in range(slices)
+            for x, y in places
+        ]
+        for name, (radius, places) in organs.items()
+    }
+    return Case(f"clinical {size} x {size} x {slices}", (slices, size, size), drawn)
+
+
+def _wavy(rng: np.random.Generator, radius: float, column: float, row: float, points: int) -> Ring:
+    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    waves = sum(rng.normal(0, 0.03) * np.cos(k * angle + rng.uniform(0, 6)) for k in range(2, 6))
+    across = radius * (1 + waves)
+    return np.stack([column + across * np.cos(angle), row + across * np.sin(angle)], axis=1)
+
+
+def cases(*, quick: bool) -> Iterator[Case]:
+    if quick:
+        yield conformance(12, 64, 40)
+        return
+    yield conformance(200, 512, 96)
+    yield clinical(100, 512, 360)
+
+
+# --- the files ------------------------------------------------------------------------------------
+
+CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
+STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
+#: mm between rows and between columns, and between slices; where the first pixel is.
+SPACING, SLICE_DISTANCE, ORIGIN = 0.9765625, 2.5, (-250.0, -250.0, -120.0)
+#: 2.25: numbers made from a UUID (PS3.5 B.2); here from nothing, so that cases are always equal.
+UID_ROOT = "2.25.4711"
+
+
+def write_case(case: Case, folder: Path) -> tuple[Path, Path]:
+    """The folder of a CT series, and its structure set, both in `folder`."""
+    images, rtstruct = folder / "case" / "images", folder / "case" / "structures.dcm"
+    images.mkdir(parents=True)
+    rng = np.random.default_rng(3)
+    noise = rng.normal(0, 20, case.shape[1:])
+    for k in range(case.shape[0]):
+        pixels = (np.roll(noise, k, axis=1) + 40 * np.sin(k / 9)).astype(np.int16)
+        _write_image(images / f"{k:04d}.dcm", k, pixels)
+    _write_structures(rtstruct, case)
+    return images, rtstruct
+
+
+def _dataset(sop_class_uid: str, number: str, modality: str) -> Any:
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian
+
+    meta = FileMetaDataset()
+    meta.MediaStorageSOPClassUID = sop_class_uid
+    meta.MediaStorageSOPInstanceUID = f"{UID_ROOT}.{number}"
+    meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    dataset = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
+    dataset.SOPClassUID = sop_class_uid
+    dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
+    dataset.StudyDate, dataset.StudyTime, dataset.Modality = "20200101", "000000", modality
+    dataset.PatientName = dataset.PatientID = "phantom"
+    dataset.PatientBirthDate = dataset.PatientSex = dataset.StudyID = dataset.AccessionNumber = ""
+    dataset.StudyInstanceUID = f"{UID_ROOT}.1"
+    dataset.SeriesInstanceUID = f"{UID_ROOT}.2.{modality == 'CT':d}"
+    dataset.FrameOfReferenceUID = f"{UID_ROOT}.3"
+    return dataset
+
+
+def _write_image(path: Path, k: int, pixels: NDArray[np.int16]) -> None:
+    dataset = _dataset(CT_IMAGE, f"4.{k + 1}", "CT")
+    dataset.InstanceNumber, dataset.SliceThickness = k + 1, SLICE_DISTANCE
+    dataset.ImagePositionPatient = [*ORIGIN[:2], ORIGIN[2] + k * SLICE_DISTANCE]
+    dataset.ImageOrientationPatient, dataset.PixelSpacing = [1, 0, 0, 0, 1, 0], [SPACING] * 2
+    dataset.Rows, dataset.Columns = pixels.shape
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
+    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
+    dataset.PixelRepresentation, dataset.RescaleSlope, dataset.RescaleIntercept = 1, 1, 0
+    dataset.PixelData = pixels.astype("<i2").tobytes()
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def _item(**attributes: Any) -> Any:
+    from pydicom import Dataset
+
+    item = Dataset()
+    for keyword, value in attributes.items():
+        setattr(item, keyword, value)
+    return item
+
+
+def _write_structures(path: Path, case: Case) -> None:
+    dataset = _dataset(STRUCTURE_SET, "5", "RTSTRUCT")
+    dataset.StructureSetLabel = "phantom"
+    images = [_reference(k) for k in range(case.shape[0])]
+    series = _item(SeriesInstanceUID=f"{UID_ROOT}.2.1", ContourImageSequence=images)
+    study = _item(
+        ReferencedSOPClassUID="1.2.840.10008.3.1.2.3.1",
+        ReferencedSOPInstanceUID=dataset.StudyInstanceUID,
+        RTReferencedSeriesSequence=[series],
+    )
+    frame = {"FrameOfReferenceUID": dataset.FrameOfReferenceUID}
+    dataset.ReferencedFrameOfReferenceSequence = [_item(**frame, RTReferencedStudySequence=[study])]
+    frame = {"ReferencedFrameOfReferenceUID": dataset.FrameOfReferenceUID}
+    dataset.StructureSetROISequence = [
+        _item(ROINumber=k, ROIName=name, ROIGenerationAlgorithm="", **frame)
+        for k, name in enumerate(case.rings, 1)
+    ]
+    dataset.ROIContourSequence = [
+        _item(ReferencedROINumber=k, ContourSequence=[_contour(*ring) for ring in rings])
+        for k, rings in enumerate(case.rings.values(), 1)
+    ]
+    dataset.RTROIObservationsSequence = [
+        _item(
+            ObservationNumber=k, ReferencedROINumber=k, RTROIInterpretedType="", ROIInterpreter=""
+        )
+        for k, _ in enumerate(case.rings, 1)
+    ]
+    dataset.save_as(path, enforce_file_format=True)
+
+
+def _reference(k: int) -> Any:
+    return _item(ReferencedSOPClassUID=CT_IMAGE, ReferencedSOPInstanceUID=f"{UID_ROOT}.4.{k + 1}")
+
+
+def _contour(k: int, ring: Ring) -> Any:
+    points = np.empty((len(ring), 3))
+    points[:, :2] = np.array(ORIGIN[:2]) + ring * SPACING
+    points[:, 2] = ORIGIN[2] + k * SLICE_DISTANCE
+    return _item(
+        ContourImageSequence=[_reference(k)],
+        ContourGeometricType="CLOSED_PLANAR",
+        NumberOfContourPoints=len(ring),
+        ContourData=[f"{value:.4f}" for value in points.ravel()],
+    )
+
+
+# --- ours -----------------------------------------------------------------------------------------
+
+
+class Ours(Contestant):
+    """The project itself, as a user's program would call it."""
+
+    def __init__(self) -> None:
+        from parallel_dicomseg import warm_up
+
+        warm_up()
+
+    def masks(self, images: Path, rtstruct: Path) -> Masks:  # noqa: ARG002 both lie in one folder
+        """See `Contestant`."""
+        from parallel_dicomseg import ConvertOptions, ScanOptions, scan_cohort
+        from parallel_dicomseg.drawing import draw_masks
+        from parallel_dicomseg.plan import make_plan, tasks
+
+        cohort = scan_cohort(images.parent, options=ScanOptions(workers=WORKERS))
+        plan = make_plan(cohort, ConvertOptions(), WORKERS)
+        layout = plan.layout
+        bits = np.empty((layout.slices, layout.rows, layout.columns), layout.mask_dtype)
+        for task in tasks(plan):
+            draw_masks(task, bits[task.first : task.first + len(task.slices)])
+        for s, name in enumerate(layout.structures):
+            yield name, bits & bits.dtype.type(1 << s) != 0
+
+    def file(self, images: Path, rtstruct: Path, output: Path) -> None:  # noqa: ARG002
+        """See `Contestant`."""
+        from parallel_dicomseg import ConvertOptions, ScanOptions, convert_cohort, scan_cohort
+
+        cohort = scan_cohort(images.parent, options=ScanOptions(workers=WORKERS))
+        convert_cohort(cohort, output / "cohort.h5", options=ConvertOptions(workers=WORKERS))
+
+
+# --- measuring ------------------------------------------------------------------------------------
+
+
+class Child:
+    """A contestant in its own process, which waits for its turn."""
+
+    def __init__(self, command: Sequence[str], scratch: Path) -> None:
+        self.masks_file = scratch / "masks.npz"
+        self.seconds: list[float] = []
+        self.peak_mib = float("nan")
+        self._log = (scratch / "log.txt").open("w")
+        self._process = subprocess.Popen(
+            [*command, str(scratch)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+        )
+
+    def wait_until_ready(self) -> bool:
+        """Whether it can do it at all."""
+        return self._process.stdout is not None and bool(self._process.stdout.readline())
+
+    def take_turn(self) -> None:
+        """One round."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        print(file=self._process.stdin, flush=True)
+        said: dict[str, float] = json.loads(self._process.stdout.readline())
+        self.seconds.append(said["seconds"])
+        self.peak_mib = said["peak_mib"]
+
+    def close(self) -> None:
+        """Let it end."""
+        self._process.communicate()
+        self._log.close()
+
+    @property
+    def last_words(self) -> str:
+        """Why it ended."""
+        lines = Path(self._log.name).read_text().strip().splitlines()
+        return lines[-1] if lines else "it said nothing"
+
+
+def compare(case: Case, folder: Path, python: str, rounds: int, emit: Emit) -> None:
+    """Let everybody work on one case in turns, first for masks, then for files."""
+    images, rtstruct = write_case(case, folder)
+    names = [OURS, *(PEERS if python else ())]
+    for what in WHAT:
+        with ExitStack() as ended:
+            children: dict[str, Child] = {}
+            for name in names:
+                scratch = folder / f"{name} {what}"
+                scratch.mkdir()
+                program = [sys.executable, str(HERE), "--child"]
+                if name != OURS:
+                    program = [python, str(HERE.with_name("peers_rtstruct.py"))]
+                child = Child([*program, name, what, str(images), str(rtstruct)], scratch)
+                ended.callback(child.close)
+                if child.wait_until_ready():
+                    children[name] = child
+                else:
+                    print(f"{name}, {case.name}, {what}: {child.last_words}", file=sys.stderr)
+            for _ in range(rounds):
+                for child in children.values():
+                    child.take_turn()
+        if OURS not in children:
+            raise SystemExit("there is nothing to compare with")
+        for name, child in children.items():
+            emit(compared(case, what, name, child, children[OURS]))
+
+
+def compared(case: Case, what: str, name: str, child: Child, ours: Child) -> dict[str, Any]:
+    """The figures of one contestant."""
+    seconds = statistics.median(child.seconds)
+    figures = {
+        "measures": f"RTSTRUCT to {what}",
+        "case": f"{case.name}, {name}",
+        "contestant": name,
+        "median_seconds": seconds,
+        "seconds": child.seconds,
+        "times_ours": seconds / statistics.median(ours.seconds),
+        "goal": GOALS[what],
+        "peak_mib": child.peak_mib,
+        "goal_mib": MEMORY_GOAL_MIB,
+    }
+    if what == "masks":
+        figures |= differences(child.masks_file, ours.masks_file)
+    return figures
+
+
+def differences(theirs: Path, ours: Path) -> dict[str, Any]:
+    """Voxels that differ from our masks, and the worst Dice of a structure."""
+    voxels, worst = 0, 1.0
+    with np.load(theirs) as other, np.load(ours) as own:
+        for name in own:
+            key = name if name in other else name.replace(" ", "_")
+            mask = other[key] if key in other else np.zeros_like(own[name])
+            common, sizes = _ones(mask & own[name]), _ones(mask) + _ones(own[name])
+            voxels += _ones(mask ^ own[name])
+            worst = min(worst, 2 * common / sizes)
+    return {"voxels_different": voxels, "worst_dice": worst}
+
+
+def _ones(packed: NDArray[np.uint8]) -> int:
+    return int(np.unpackbits(packed).sum(dtype=np.int64))
+
+
+# --- what is printed ------------------------------------------------------------------------------
+
+
+_COMMON = (
+    ("seconds", "{median_seconds:.3f}"),
+    ("times ours", "{times_ours:.1f}"),
+    ("goal", "{goal}"),
+    ("peak MiB", "{peak_mib:.0f}"),
+)
+_COLUMNS = {
+    "RTSTRUCT to masks": (
+        *_COMMON,
+        ("voxels different", "{voxels_different:,}"),
+        ("worst Dice", "{worst_dice:.4f}"),
+    ),
+    "RTSTRUCT to file": _COMMON,
+}
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--peers", default="", help="a Python that has the peers")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant [5]")
+    parser.add_argument("--quick", action="store_true", help="one round of a small case")
+    parser.add_argument("--directory", help="where cases and outputs go [memory]")
+    parser.add_argument("--json", action="store_true", help="one JSON object per line")
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.child:
+        _, what, *paths = arguments.child
+        serve(Ours(), what, *map(Path, paths))
+        return
+    if not arguments.peers:
+        print("without --peers only this project is timed", file=sys.stderr)
+    python = shutil.which(arguments.peers) if arguments.peers else ""
+    if python is None:
+        raise SystemExit(f"{arguments.peers}: no such Python")
+    place = arguments.directory or (
+        str(MEMORY_FILE_SYSTEM) if MEMORY_FILE_SYSTEM.is_dir() else tempfile.gettempdir()
+    )
+    emit = emitter("rtstruct", _COLUMNS, as_json=arguments.json, name_width=46, width=18)
+    for case in cases(quick=arguments.quick):
+        with tempfile.TemporaryDirectory(dir=place) as folder:
+            compare(case, Path(folder), python, 1 if arguments.quick else arguments.rounds, emit)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""DICOM files: headers for the scan (`headers`), pixels for the conversion (`pixels`)."""
