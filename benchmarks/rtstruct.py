@@ -30,6 +30,9 @@ import numpy as np
 from numpy.typing import NDArray
 from peers_rtstruct import PEERS, Contestant, Masks, serve
 from printing import Emit, emitter
+from pydicom import Dataset, dcmread
+
+from parallel_dicomseg.phantoms import IMAGES, conformance_solids, make_rtstruct_series
 
 HERE = Path(__file__).resolve()
 OURS = "parallel_dicomseg"
@@ -41,8 +44,6 @@ MEMORY_GOAL_MIB = 400
 
 Ring = NDArray[np.float64]
 """(p, 2) pixels as (column, row)."""
-Rings = Mapping[str, Sequence[tuple[int, Ring]]]
-"""Outlines of each structure: slice and ring."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,49 +53,19 @@ class Case:
     name: str
     shape: tuple[int, int, int]
     """Slices, rows, columns."""
-    rings: Rings
+    structures: Mapping[str, Sequence[tuple[int, Ring]]]
+    """Slice and ring, of each structure."""
 
 
 # --- the cases ------------------------------------------------------------------------------------
 
 
-def circle(radius: float, column: float, row: float, points: int) -> Ring:
-    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    return np.stack([column + radius * np.cos(angle), row + radius * np.sin(angle)], axis=1)
-
-
 def conformance(slices: int, size: int, points: int) -> Case:
-    """Seven solids as a conformance test has them: some with holes, one in several pieces."""
-    unit, middle, centre = size / 16, (slices - 1) / 2, size / 2 - 0.3
-    drawn: dict[str, list[tuple[int, Ring]]] = {
-        name: [] for name in ("cube", "sphere", "cylinder", "torus", "cone", "straw", "pillars")
-    }
-
-    def add(name: str, k: int, radius: float, column: float = 0.0, row: float = 0.0) -> None:
-        drawn[name].append((k, circle(radius, centre + column, centre + row, points)))
-
-    side = np.linspace(-1, 1, points // 4, endpoint=False)
-    one = np.ones_like(side)
-    square = np.concatenate(
-        [np.stack(edge, 1) for edge in ((side, -one), (one, side), (-side, one), (-one, -side))]
-    )
-    for k in range(slices):
-        height = (k - middle) / (0.4 * slices)  # -1 to 1 inside the solids
-        if abs(height) >= 1:
-            continue
-        across = np.sqrt(1 - height**2)
-        drawn["cube"].append((k, centre + 4 * unit * square))
-        add("sphere", k, 5 * unit * across)
-        add("cylinder", k, 3 * unit, column=unit)
-        add("torus", k, (4 + across) * unit)
-        add("torus", k, (4 - across) * unit)
-        add("cone", k, 2.5 * unit * (1 + height) + 0.5)
-        add("straw", k, 0.8 * unit, row=-4 * unit)
-        add("straw", k, 0.5 * unit, row=-4 * unit)
-        for column in (-5 * unit, 5 * unit):
-            for row in (-5 * unit, 5 * unit):
-                add("pillars", k, unit, column, row)
-    return Case(f"conformance {size} x {size} x {slices}", (slices, size, size), drawn)
+    """Seven solids, some with a hole, one in four pieces."""
+    shape = (slices, size, size)
+    solids = conformance_solids(shape, points)
+    structures = {solid.name: solid.rings(slices) for solid in solids}
+    return Case(f"conformance {size} x {size} x {slices}", shape, structures)
 
 
 def clinical(slices: int, size: int, points: int) -> Case:
@@ -105,143 +76,59 @@ def clinical(slices: int, size: int, points: int) -> Case:
         "body": (7.2, ((0.0, 0.0),)),
         "lungs": (2.2, ((-3.2, -0.5), (3.2, -0.5))),
         "heart": (1.5, ((0.4, -1.0),)),
-        "spinal cord": (0.35, ((0.0, 4.0),)),
+        "cord": (0.35, ((0.0, 4.0),)),
     }
-    drawn = {
+    structures = {
         name: [
-            (k, _wavy(rng, radius * unit, centre + x * unit, centre + y * unit, points))
+            (k, wavy(rng, radius * unit, centre + x * unit, centre + y * unit, points))
             for k in range(slices)
             for x, y in places
         ]
         for name, (radius, places) in organs.items()
     }
-    return Case(f"clinical {size} x {size} x {slices}", (slices, size, size), drawn)
+    return Case(f"clinical {size} x {size} x {slices}", (slices, size, size), structures)
 
 
-def _wavy(rng: np.random.Generator, radius: float, column: float, row: float, points: int) -> Ring:
-    angle = np.linspace(0, 2 * np.pi, points, endpoint=False)
-    waves = sum(rng.normal(0, 0.03) * np.cos(k * angle + rng.uniform(0, 6)) for k in range(2, 6))
+def wavy(rng: np.random.Generator, radius: float, column: float, row: float, points: int) -> Ring:
+    """A circle with four random waves on it."""
+    turn = np.linspace(0, 2 * np.pi, points, endpoint=False)
+    waves = sum(rng.normal(0, 0.03) * np.cos(k * turn + rng.uniform(0, 6)) for k in range(2, 6))
     across = radius * (1 + waves)
-    return np.stack([column + across * np.cos(angle), row + across * np.sin(angle)], axis=1)
+    return np.stack([column + across * np.cos(turn), row + across * np.sin(turn)], axis=1)
 
 
 def cases(*, quick: bool) -> Iterator[Case]:
+    """What everybody has to convert: structure sets of 4 MB."""
     if quick:
         yield conformance(12, 64, 40)
         return
     yield conformance(200, 512, 96)
-    yield clinical(100, 512, 360)
-
-
-# --- the files ------------------------------------------------------------------------------------
-
-CT_IMAGE = "1.2.840.10008.5.1.4.1.1.2"
-STRUCTURE_SET = "1.2.840.10008.5.1.4.1.1.481.3"
-#: mm between rows and between columns, and between slices; where the first pixel is.
-SPACING, SLICE_DISTANCE, ORIGIN = 0.9765625, 2.5, (-250.0, -250.0, -120.0)
-#: 2.25: numbers made from a UUID (PS3.5 B.2); here from nothing, so that cases are always equal.
-UID_ROOT = "2.25.4711"
+    yield clinical(100, 512, 300)
 
 
 def write_case(case: Case, folder: Path) -> tuple[Path, Path]:
-    """The folder of a CT series, and its structure set, both in `folder`."""
-    images, rtstruct = folder / "case" / "images", folder / "case" / "structures.dcm"
-    images.mkdir(parents=True)
-    rng = np.random.default_rng(3)
-    noise = rng.normal(0, 20, case.shape[1:])
-    for k in range(case.shape[0]):
-        pixels = (np.roll(noise, k, axis=1) + 40 * np.sin(k / 9)).astype(np.int16)
-        _write_image(images / f"{k:04d}.dcm", k, pixels)
-    _write_structures(rtstruct, case)
-    return images, rtstruct
+    """The folder of a CT series, and its structure set beside it."""
+    phantom = make_rtstruct_series(
+        folder / "case",
+        shape=case.shape,
+        pixel_spacing=(0.9765625, 0.9765625),
+        slice_distance=2.5,
+        structures=case.structures,
+    )
+    rtstruct = Path(phantom.directory, phantom.structure_set_path)
+    dataset = dcmread(rtstruct)
+    if "RTROIObservationsSequence" not in dataset:  # rt-utils insists on it, as the standard does
+        dataset.RTROIObservationsSequence = [observation(k) for k in range(len(case.structures))]
+        dataset.save_as(rtstruct)
+    return Path(phantom.directory, IMAGES), rtstruct
 
 
-def _dataset(sop_class_uid: str, number: str, modality: str) -> Any:
-    from pydicom.dataset import FileDataset, FileMetaDataset
-    from pydicom.uid import ExplicitVRLittleEndian
-
-    meta = FileMetaDataset()
-    meta.MediaStorageSOPClassUID = sop_class_uid
-    meta.MediaStorageSOPInstanceUID = f"{UID_ROOT}.{number}"
-    meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    dataset = FileDataset(None, {}, file_meta=meta, preamble=bytes(128))
-    dataset.SOPClassUID = sop_class_uid
-    dataset.SOPInstanceUID = meta.MediaStorageSOPInstanceUID
-    dataset.StudyDate, dataset.StudyTime, dataset.Modality = "20200101", "000000", modality
-    dataset.PatientName = dataset.PatientID = "phantom"
-    dataset.PatientBirthDate = dataset.PatientSex = dataset.StudyID = dataset.AccessionNumber = ""
-    dataset.StudyInstanceUID = f"{UID_ROOT}.1"
-    dataset.SeriesInstanceUID = f"{UID_ROOT}.2.{modality == 'CT':d}"
-    dataset.FrameOfReferenceUID = f"{UID_ROOT}.3"
-    return dataset
-
-
-def _write_image(path: Path, k: int, pixels: NDArray[np.int16]) -> None:
-    dataset = _dataset(CT_IMAGE, f"4.{k + 1}", "CT")
-    dataset.InstanceNumber, dataset.SliceThickness = k + 1, SLICE_DISTANCE
-    dataset.ImagePositionPatient = [*ORIGIN[:2], ORIGIN[2] + k * SLICE_DISTANCE]
-    dataset.ImageOrientationPatient, dataset.PixelSpacing = [1, 0, 0, 0, 1, 0], [SPACING] * 2
-    dataset.Rows, dataset.Columns = pixels.shape
-    dataset.SamplesPerPixel, dataset.PhotometricInterpretation = 1, "MONOCHROME2"
-    dataset.BitsAllocated, dataset.BitsStored, dataset.HighBit = 16, 16, 15
-    dataset.PixelRepresentation, dataset.RescaleSlope, dataset.RescaleIntercept = 1, 1, 0
-    dataset.PixelData = pixels.astype("<i2").tobytes()
-    dataset.save_as(path, enforce_file_format=True)
-
-
-def _item(**attributes: Any) -> Any:
-    from pydicom import Dataset
-
+def observation(k: int) -> Dataset:
+    """An item that says nothing about a structure."""
     item = Dataset()
-    for keyword, value in attributes.items():
-        setattr(item, keyword, value)
+    item.ObservationNumber = item.ReferencedROINumber = k + 1
+    item.RTROIInterpretedType = item.ROIInterpreter = ""
     return item
-
-
-def _write_structures(path: Path, case: Case) -> None:
-    dataset = _dataset(STRUCTURE_SET, "5", "RTSTRUCT")
-    dataset.StructureSetLabel = "phantom"
-    images = [_reference(k) for k in range(case.shape[0])]
-    series = _item(SeriesInstanceUID=f"{UID_ROOT}.2.1", ContourImageSequence=images)
-    study = _item(
-        ReferencedSOPClassUID="1.2.840.10008.3.1.2.3.1",
-        ReferencedSOPInstanceUID=dataset.StudyInstanceUID,
-        RTReferencedSeriesSequence=[series],
-    )
-    frame = {"FrameOfReferenceUID": dataset.FrameOfReferenceUID}
-    dataset.ReferencedFrameOfReferenceSequence = [_item(**frame, RTReferencedStudySequence=[study])]
-    frame = {"ReferencedFrameOfReferenceUID": dataset.FrameOfReferenceUID}
-    dataset.StructureSetROISequence = [
-        _item(ROINumber=k, ROIName=name, ROIGenerationAlgorithm="", **frame)
-        for k, name in enumerate(case.rings, 1)
-    ]
-    dataset.ROIContourSequence = [
-        _item(ReferencedROINumber=k, ContourSequence=[_contour(*ring) for ring in rings])
-        for k, rings in enumerate(case.rings.values(), 1)
-    ]
-    dataset.RTROIObservationsSequence = [
-        _item(
-            ObservationNumber=k, ReferencedROINumber=k, RTROIInterpretedType="", ROIInterpreter=""
-        )
-        for k, _ in enumerate(case.rings, 1)
-    ]
-    dataset.save_as(path, enforce_file_format=True)
-
-
-def _reference(k: int) -> Any:
-    return _item(ReferencedSOPClassUID=CT_IMAGE, ReferencedSOPInstanceUID=f"{UID_ROOT}.4.{k + 1}")
-
-
-def _contour(k: int, ring: Ring) -> Any:
-    points = np.empty((len(ring), 3))
-    points[:, :2] = np.array(ORIGIN[:2]) + ring * SPACING
-    points[:, 2] = ORIGIN[2] + k * SLICE_DISTANCE
-    return _item(
-        ContourImageSequence=[_reference(k)],
-        ContourGeometricType="CLOSED_PLANAR",
-        NumberOfContourPoints=len(ring),
-        ContourData=[f"{value:.4f}" for value in points.ravel()],
-    )
 
 
 # --- ours -----------------------------------------------------------------------------------------
@@ -267,8 +154,9 @@ class Ours(Contestant):
         bits = np.empty((layout.slices, layout.rows, layout.columns), layout.mask_dtype)
         for task in tasks(plan):
             draw_masks(task, bits[task.first : task.first + len(task.slices)])
+        one = np.empty_like(bits)
         for s, name in enumerate(layout.structures):
-            yield name, bits & bits.dtype.type(1 << s) != 0
+            yield name, np.bitwise_and(bits, bits.dtype.type(1 << s), out=one) != 0
 
     def file(self, images: Path, rtstruct: Path, output: Path) -> None:  # noqa: ARG002
         """See `Contestant`."""

@@ -136,8 +136,6 @@ def scan_cohort(
     options = options or ScanOptions()
     root = Path(data_directory)
     files = _list_files(root, options)
-    if not (files.numbered_paths or files.paths):
-        raise _nothing_left(f"{root}: no image file to convert was found", files.problems)
     scanned = _read_headers(root, files, options.workers or os.cpu_count() or 1, progress)
     images, hygiene = _in_order(scanned, files)
     others, no_dicom = _others(scanned, files)
@@ -164,7 +162,7 @@ def scan_cohort(
     }
     problems |= set(_unchosen_files(drawn, selected, problems))
     if not keep.any():
-        raise _nothing_left(_counted(root, images.table, annotations, options), problems)
+        raise _nothing_left(f"{root}: {_counted(files, images, annotations, options)}", problems)
     slices, table = _only(images.table, selected, keep)
     return Cohort(
         root=str(root.resolve()),
@@ -243,13 +241,13 @@ def _read_headers(
 
 
 def _blocks(files: _Files) -> Iterator[tuple[list[str], list[str] | None]]:
-    """Paths of one call, and their patients where a table names them."""
+    """Paths of one call, and their patients where a table names them; at least one call."""
     paths = files.numbered_paths
     patients = [name for listing in files.listings for name in listing.image_patients]
     for start in range(0, len(paths), _FILES_PER_CALL):
         stop = start + _FILES_PER_CALL
         yield paths[start:stop], patients[start:stop]
-    for start in range(0, len(files.paths), _FILES_PER_CALL):
+    for start in range(0, len(files.paths) or not paths, _FILES_PER_CALL):
         yield files.paths[start : start + _FILES_PER_CALL], None
 
 
@@ -463,17 +461,19 @@ def _source_name(numbered: NDArray[np.bool_]) -> str:
 
 
 def _counted(
-    root: Path, images: SliceTable, annotations: Sequence[Annotation], options: ScanOptions
+    files: _Files, images: _Images, annotations: Sequence[Annotation], options: ScanOptions
 ) -> str:
     """That nothing is left, and of how much."""
-    series = len(np.unique(images.series_instance_uid))
+    if not len(images.table):
+        possible = len(files.numbered_paths) + len(files.paths)
+        return f"no image was found in {possible} file(s) that may be one"
+    series = len(np.unique(images.table.series_instance_uid))
     what = (
-        f"{root}: nothing to convert among {len(images)} image(s) in {series} series and "
+        f"nothing to convert among {len(images.table)} image(s) in {series} series and "
         f"{len(annotations)} annotation(s)"
     )
-    if len(images) and not options.include_unannotated:
-        what += "; --include-unannotated takes images without annotation, with empty masks"
-    return what
+    hint = "; --include-unannotated takes images without annotation, with empty masks"
+    return what if options.include_unannotated else what + hint
 
 
 def _nothing_left(message: str, problems: Collection[Problem]) -> LayoutError:

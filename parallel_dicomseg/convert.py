@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from parallel_dicomseg.checks import measure
 from parallel_dicomseg.codec import checksums, encode
 from parallel_dicomseg.compressors import room_for
-from parallel_dicomseg.deidentify import conceal_paths, policy_of
+from parallel_dicomseg.deidentify import Policy, conceal_paths, policy_of
 from parallel_dicomseg.dicom.decoders import decoder_for, decoder_versions
 from parallel_dicomseg.dicom.pixels import read_images
 from parallel_dicomseg.drawing import draw_masks, structure_centers
@@ -232,17 +232,7 @@ def convert_cohort(
     slices = plan.cohort.slices
     problems = conceal_paths((*cohort.problems, *plan.problems), slices.path, identity)
     _stop_if_strict(problems, options)
-    with Hdf5Writer(
-        output,
-        plan.layout,
-        slices,
-        headers=plan.cohort.headers,
-        grid=plan.grid,
-        identity=identity,
-        root=cohort.root,
-        decoders=_decoders_of(slices),
-        overwrite=options.overwrite,
-    ) as writer:
+    with open_writer(output, plan, identity, overwrite=options.overwrite) as writer:
         for chunk in run(plan, options, workers):
             _stop_if_strict(conceal_paths(chunk.problems, slices.path, identity), options)
             writer.put(chunk)
@@ -257,6 +247,24 @@ def convert_cohort(
         seconds=time.perf_counter() - start,
         max_rejected=options.max_rejected,
         notes=plan.notes,
+    )
+
+
+def open_writer(
+    output: Path, plan: Plan, identity: Policy, *, overwrite: bool = False
+) -> Hdf5Writer:
+    """The writer that takes the encoded tasks of a plan."""
+    slices = plan.cohort.slices
+    return Hdf5Writer(
+        output,
+        plan.layout,
+        slices,
+        headers=plan.cohort.headers,
+        grid=plan.grid,
+        identity=identity,
+        root=plan.cohort.root,
+        decoders=_decoders_of(slices),
+        overwrite=overwrite,
     )
 
 

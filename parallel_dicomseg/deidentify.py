@@ -424,10 +424,14 @@ class _Names:
         parts: list[str] = []
         at = 0
         for k, word in enumerate(words):
-            if word.start() < at or word[0] not in self._first_words:
+            start = word.start()
+            if start < at or word[0] not in self._first_words:
                 continue
-            pieces = (sentence[word.start() : last.end()] for last in reversed(words[k:]))
-            if piece := next((piece for piece in pieces if piece in self._names), ""):
-                parts += [sentence[at : word.start()], hashed_path(self._names[piece], key)]
-                at = word.start() + len(piece)
+            pieces = (sentence[start : last.end()] for last in reversed(words[k:]))
+            if core := next((piece for piece in pieces if piece in self._names), ""):
+                name = self._names[core]
+                rest = name[name.index(core) :]
+                whole = rest if sentence.startswith(rest, start) else core
+                parts += [sentence[at:start], hashed_path(name, key)]
+                at = start + len(whole)
         return "".join([*parts, sentence[at:]])

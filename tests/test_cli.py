@@ -518,7 +518,7 @@ def test_a_cohort_of_one_slice_keeps_its_outlines(cohort: Path) -> None:
 
     assert scanned.slices.path.tolist() == [one.slices.path[0] for one in alone]
     assert scanned.contours.path.tolist() == [p for one in alone for p in one.contours.path]
-    assert not np.any(np.concatenate([one.contours.slice for one in alone]))
+    assert not np.any(np.concatenate([one.annotations.slice for one in alone]))
 
 
 # --- demo

@@ -17,6 +17,8 @@ import SimpleITK
 from hypothesis import given
 from hypothesis import strategies as st
 
+import written
+from parallel_dicomseg import open_dataset
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.export import NoteKind, export_nifti, export_nnunet
 from parallel_dicomseg.export.nifti import count_overlapping, has_bit, label_map
@@ -34,35 +36,6 @@ ORIENTATIONS = {
     "mirrored": (-1.0, 0.0, 0.0, 0.0, 1.0, 0.0),
     "oblique": (_C, _S, 0.0, -_S * np.cos(0.4), _C * np.cos(0.4), np.sin(0.4)),
 }
-
-
-class Chunks:
-    """What an open file gives for /images or /masks."""
-
-    def __init__(self, values):
-        self.values, self.shape, self.dtype = values, values.shape, values.dtype
-
-    def __getitem__(self, row):
-        return self.values[row].copy()
-
-    def read_into(self, row, out):
-        """Decode a slice."""
-        out[...] = self.values[row]
-
-
-class File:
-    """An open converted file, as far as an export sees it."""
-
-    path = Path("cohort.h5")
-
-    def __init__(self, images, masks, structures, groups):
-        self.images, self.masks = Chunks(images), Chunks(masks)
-        self.structures, self.mask_dtype = structures, masks.dtype
-        self._groups = groups
-
-    def column(self, name, group="table"):
-        """A column as the store gives it."""
-        return self._groups[group][name]
 
 
 @dataclass
@@ -107,33 +80,54 @@ class Stack:
             self.annotated = np.ones((len(self.images), self.structures), bool)
 
 
-def file_of(*stacks, structures=("heart", "lung")):
-    """A file of these volumes, one series each."""
-    counts = np.array([len(stack.images) for stack in stacks])
+@pytest.fixture
+def file_of(tmp_path_factory):
+    """Makes an open file of some volumes, one series each."""
+    with ExitStack() as opened:
+
+        def make(*stacks, structures=("heart", "lung")):
+            path = tmp_path_factory.mktemp("file") / "cohort.h5"
+            write_stacks(path, stacks, structures)
+            return opened.enter_context(open_dataset(path))
+
+        yield make
+
+
+def write_stacks(path, stacks, structures):
+    """Write what `stacks` say with the package's own writer."""
+    counts = [len(stack.images) for stack in stacks]
     planes = np.concatenate([stack.planes for stack in stacks])
+    bits = 1 << np.arange(len(structures), dtype=np.uint64)
 
-    def per_slice(name, dtype):
-        return np.repeat(np.array([getattr(stack, name) for stack in stacks], dtype), counts)
+    def column(values):
+        return np.repeat(np.array(values), counts)
 
-    table = {
-        "patient_id": per_slice("patient", "S"),
-        "split": per_slice("split", "S"),
-        "series_index": np.repeat(np.arange(len(stacks)), counts),
-        "structure_annotated": np.concatenate([stack.annotated for stack in stacks]),
-        "slice_thickness": per_slice("thickness", float),
-        "image_position_patient": planes[:, :3],
-        "image_orientation_patient": planes[:, 3:9],
-        "pixel_spacing": planes[:, 9:],
-    }
-    first = np.concatenate([[0], np.cumsum(counts)[:-1]])
-    groups = {
-        "table": table,
-        "volumes": {"first_slice": first, "slices": counts},
-        "series": {"modality": np.array([stack.modality for stack in stacks], "S")},
-    }
+    table = written.slices(
+        sum(counts),
+        patient_id=column([stack.patient.encode() for stack in stacks]),
+        study_instance_uid=column([f"1.{stack.patient[-1]}".encode() for stack in stacks]),
+        series_instance_uid=column([f"2.{k}".encode() for k in range(len(stacks))]),
+        split=column([stack.split.encode() for stack in stacks]),
+        modality=column([stack.modality.encode() for stack in stacks]),
+        volume=column(range(len(stacks))).astype(np.int32),
+        slice_thickness=column([stack.thickness for stack in stacks]),
+        annotated=np.concatenate([stack.annotated for stack in stacks]).astype(np.uint64) @ bits,
+        image_position_patient=planes[:, :3],
+        image_orientation_patient=planes[:, 3:9],
+        pixel_spacing=planes[:, 9:],
+    )
     images = np.concatenate([stack.images for stack in stacks])
+    layout = written.layout(
+        len(images),
+        rows=images.shape[1],
+        columns=images.shape[2],
+        image_dtype=images.dtype.str,
+        samples=stacks[0].samples,
+        structures=structures,
+        nested=(),
+    )
     masks = np.concatenate([stack.masks for stack in stacks])
-    return File(images, masks, structures, groups)
+    written.write(path, table=table, plan=layout, images=images, masks=masks)
 
 
 def read(path):
@@ -154,7 +148,7 @@ def assert_lies_on(image, planes, within=1e-3):
 
 
 @pytest.mark.parametrize("name", ORIENTATIONS)
-def test_every_voxel_lies_where_dicom_has_it(tmp_path, name):
+def test_every_voxel_lies_where_dicom_has_it(file_of, tmp_path, name):
     """SimpleITK's physical points of image and masks are those of the planes; values are equal."""
     stack = Stack(shape=(6, 40, 31), orientation=ORIENTATIONS[name], origin=(-213.7, 95.1, -804.3))
 
@@ -171,7 +165,7 @@ def test_every_voxel_lies_where_dicom_has_it(tmp_path, name):
     assert report.notes == ()
 
 
-def test_both_forms_and_the_unit_are_set(tmp_path):
+def test_both_forms_and_the_unit_are_set(file_of, tmp_path):
     """The sform and the qform agree, both in the scanner's coordinates, in mm."""
     export_nifti(file_of(Stack(orientation=ORIENTATIONS["oblique"])), tmp_path / "out")
 
@@ -185,7 +179,7 @@ def test_both_forms_and_the_unit_are_set(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["uint8", "<i2", "<u2", "<f4"])
-def test_the_type_is_kept(tmp_path, dtype):
+def test_the_type_is_kept(file_of, tmp_path, dtype):
     """No value is scaled on the way."""
     stack = Stack(dtype=dtype)
 
@@ -196,7 +190,7 @@ def test_the_type_is_kept(tmp_path, dtype):
     np.testing.assert_array_equal(np.asanyarray(image.dataobj).T, stack.images)
 
 
-def test_slices_come_in_the_order_of_their_positions(tmp_path):
+def test_slices_come_in_the_order_of_their_positions(file_of, tmp_path):
     """Also where the file has them in another order."""
     stack = Stack(positions=[5.0, 0.0, 7.5, 2.5])
 
@@ -208,7 +202,7 @@ def test_slices_come_in_the_order_of_their_positions(tmp_path):
     assert_lies_on(image, stack.planes[order])
 
 
-def test_unequal_distances_are_noted_with_both_numbers(tmp_path):
+def test_unequal_distances_are_noted_with_both_numbers(file_of, tmp_path):
     """The affine has the mean step; strict refuses."""
     file = file_of(Stack(shape=(5, 5, 7), positions=[0.0, 2.0, 4.0, 10.0, 12.0]))
 
@@ -225,7 +219,7 @@ def test_unequal_distances_are_noted_with_both_numbers(tmp_path):
     assert not (tmp_path / "strict").exists()
 
 
-def test_rounded_positions_are_regular(tmp_path):
+def test_rounded_positions_are_regular(file_of, tmp_path):
     """Positions as real headers have them, rounded to a hundredth of a mm."""
     positions = np.round(np.arange(60) * 3.26995, 2)
 
@@ -234,7 +228,7 @@ def test_rounded_positions_are_regular(tmp_path):
     assert report.notes == ()
 
 
-def test_a_sheared_volume_has_no_qform_and_says_so(tmp_path):
+def test_a_sheared_volume_has_no_qform_and_says_so(file_of, tmp_path):
     """Gantry tilt: the sform is right, and a reader that knows none is not led astray."""
     stack = Stack(shape=(10, 5, 7), shift=(0.0, 0.9, 0.0))
 
@@ -250,7 +244,7 @@ def test_a_sheared_volume_has_no_qform_and_says_so(tmp_path):
     assert "19.8 degrees off" in note.detail
 
 
-def test_one_slice_is_as_thick_as_it_says(tmp_path):
+def test_one_slice_is_as_thick_as_it_says(file_of, tmp_path):
     """A volume of one slice has a place and a thickness."""
     stack = Stack(shape=(1, 5, 7), orientation=ORIENTATIONS["coronal"], thickness=4.25)
 
@@ -263,7 +257,7 @@ def test_one_slice_is_as_thick_as_it_says(tmp_path):
     assert report.notes == ()
 
 
-def test_slices_at_one_place_are_noted(tmp_path):
+def test_slices_at_one_place_are_noted(file_of, tmp_path):
     """A cine that is one volume has no step: its affine stays regular, and it is said."""
     report = export_nifti(file_of(Stack(positions=[1.0] * 4)), tmp_path / "out")
 
@@ -273,7 +267,7 @@ def test_slices_at_one_place_are_noted(tmp_path):
     assert image.GetSpacing()[2] == pytest.approx(2.5)
 
 
-def test_a_volume_without_geometry_has_the_identity_and_says_so(tmp_path):
+def test_a_volume_without_geometry_has_the_identity_and_says_so(file_of, tmp_path):
     """Nothing is made up, and it is not called the scanner's coordinates."""
     stack = Stack()
     stack.planes[1, 2] = np.nan
@@ -287,7 +281,7 @@ def test_a_volume_without_geometry_has_the_identity_and_says_so(tmp_path):
     assert [note.kind for note in report.notes] == [NoteKind.NO_GEOMETRY]
 
 
-def test_colour_of_8_bits_is_rgb(tmp_path):
+def test_colour_of_8_bits_is_rgb(file_of, tmp_path):
     """SimpleITK and nibabel read red, green and blue."""
     stack = Stack(dtype="uint8", samples=3)
 
@@ -299,7 +293,7 @@ def test_colour_of_8_bits_is_rgb(tmp_path):
     assert nibabel.load(tmp_path / "out" / report.files[0]).get_data_dtype().names == (*"RGB",)
 
 
-def test_colour_of_16_bits_is_a_vector_image(tmp_path):
+def test_colour_of_16_bits_is_a_vector_image(file_of, tmp_path):
     """NIfTI has no such colour, but vectors."""
     stack = Stack(dtype="<u2", samples=3)
 
@@ -310,7 +304,7 @@ def test_colour_of_16_bits_is_a_vector_image(tmp_path):
     assert image.GetNumberOfComponentsPerPixel() == 3
 
 
-def test_what_was_not_annotated_has_no_mask(tmp_path):
+def test_what_was_not_annotated_has_no_mask(file_of, tmp_path):
     """Not annotated is not empty; annotated on some slices is said."""
     annotated = np.array([[True, False]] * 3 + [[False, False]])
     masks = np.zeros((4, 5, 7), np.uint8)
@@ -330,7 +324,7 @@ def test_what_was_not_annotated_has_no_mask(tmp_path):
     ]
 
 
-def test_exclusive_structures_fit_into_a_label_map(tmp_path):
+def test_exclusive_structures_fit_into_a_label_map(file_of, tmp_path):
     """Values are in the report; a volume whose structures overlap keeps separate masks."""
     exclusive = np.array([0, 1, 2], np.uint8)[np.random.default_rng(1).integers(0, 3, (4, 5, 7))]
     overlapping = exclusive.copy()
@@ -352,7 +346,7 @@ def test_exclusive_structures_fit_into_a_label_map(tmp_path):
     assert report.notes[0].detail.startswith("2 voxels")
 
 
-def test_volumes_and_structures_can_be_chosen(tmp_path):
+def test_volumes_and_structures_can_be_chosen(file_of, tmp_path):
     """By row and by name; what is not there is refused with what is."""
     file = file_of(*(Stack(patient=f"patient-{k}") for k in range(3)))
 
@@ -385,7 +379,7 @@ def test_names_of_files_are_safe_and_differ(texts):
         assert not name.startswith(".")
 
 
-def test_an_export_is_never_half_there(tmp_path):
+def test_an_export_is_never_half_there(file_of, tmp_path):
     """What fails in the middle leaves nothing, and keeps the earlier export."""
     file = file_of(Stack(), Stack())
     export_nifti(file, tmp_path / "out", volumes=[0])
@@ -404,7 +398,7 @@ def test_an_export_is_never_half_there(tmp_path):
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == before
 
 
-def test_only_an_earlier_export_is_replaced(tmp_path):
+def test_only_an_earlier_export_is_replaced(file_of, tmp_path):
     """An empty folder is taken, an export only with overwrite, anything else never."""
     file = file_of(Stack())
     (tmp_path / "out").mkdir()
@@ -425,7 +419,7 @@ def test_only_an_earlier_export_is_replaced(tmp_path):
     assert not (tmp_path / "out" / "patient-1_volume-0_mask_heart.nii.gz").exists()
 
 
-def test_equal_files_give_equal_exports(tmp_path):
+def test_equal_files_give_equal_exports(file_of, tmp_path):
     """No clock and no path is in any byte, and the report says what the files are."""
     file = file_of(Stack(), Stack(shape=(2, 5, 7)))
     steps = []
@@ -444,7 +438,7 @@ def test_equal_files_give_equal_exports(tmp_path):
     ]
 
 
-def test_nibabel_missing_says_how_to_install_it(tmp_path, monkeypatch):
+def test_nibabel_missing_says_how_to_install_it(file_of, tmp_path, monkeypatch):
     """The extra is named, before anything is written."""
     monkeypatch.setitem(sys.modules, "nibabel", None)
 
@@ -489,7 +483,7 @@ def check_dataset(folder):
                 np.testing.assert_allclose(getattr(image, geometry)(), getattr(placed, geometry)())
 
 
-def test_nnunet_layout(tmp_path):
+def test_nnunet_layout(file_of, tmp_path):
     """Parts of the split lie where nnU-Net looks for them; later structures win."""
     file = file_of(
         Stack(patient="patient-1", split="train"),
@@ -523,7 +517,7 @@ def test_nnunet_layout(tmp_path):
     assert len(overlaps) == 3
 
 
-def test_overlapping_structures_as_regions(tmp_path):
+def test_overlapping_structures_as_regions(file_of, tmp_path):
     """Every combination has a label, a structure is the labels of those that hold it."""
     masks = np.zeros((4, 5, 7), np.uint8)
     masks[:, 1:5, 1:6], masks[1:3, 2:4, 2:4] = 1, 3
@@ -539,7 +533,7 @@ def test_overlapping_structures_as_regions(tmp_path):
     assert not [note for note in report.notes if note.kind is NoteKind.OVERLAP]
 
 
-def test_volumes_that_nobody_annotated_are_not_trained_on(tmp_path):
+def test_volumes_that_nobody_annotated_are_not_trained_on(file_of, tmp_path):
     """They are left out and noted; in the test they keep their image."""
     nothing = np.zeros((4, 2), bool)
     blank = np.zeros((4, 5, 7), np.uint8)
@@ -565,7 +559,7 @@ def test_volumes_that_nobody_annotated_are_not_trained_on(tmp_path):
     ("incomplete", "expected"),
     [("ignore", [[1, 1, 3], [2, 1, 0]]), ("background", [[1, 1, 0], [2, 1, 0]])],
 )
-def test_what_nobody_looked_for_is_no_background(tmp_path, incomplete, expected):
+def test_what_nobody_looked_for_is_no_background(file_of, tmp_path, incomplete, expected):
     """Where the second structure was not looked for, it might be anywhere."""
     masks = np.array([[[1, 1, 0]], [[2, 1, 0]]], np.uint8)
     annotated = np.array([[True, False], [True, True]])
@@ -581,7 +575,7 @@ def test_what_nobody_looked_for_is_no_background(tmp_path, incomplete, expected)
     assert labels[:, 0].tolist() == expected
 
 
-def test_volumes_with_gaps_can_be_left_out(tmp_path):
+def test_volumes_with_gaps_can_be_left_out(file_of, tmp_path):
     """With 'leave-out' only volumes that are annotated everywhere are trained on."""
     gap = np.array([[True, True]] * 3 + [[True, False]])
     masks = np.zeros((4, 5, 7), np.uint8)
@@ -596,7 +590,7 @@ def test_volumes_with_gaps_can_be_left_out(tmp_path):
     ]
 
 
-def test_modalities_are_not_mixed(tmp_path):
+def test_modalities_are_not_mixed(file_of, tmp_path):
     """One has to be chosen; the others are noted."""
     file = file_of(Stack(), Stack(modality="MR"), Stack(modality="MR"))
 
@@ -612,7 +606,7 @@ def test_modalities_are_not_mixed(tmp_path):
     assert ("patient-1_volume-0", NoteKind.LEFT_OUT) in [(n.case, n.kind) for n in report.notes]
 
 
-def test_colour_is_three_channels(tmp_path):
+def test_colour_is_three_channels(file_of, tmp_path):
     """Red, green and blue lie in files of their own."""
     stack = Stack(dtype="uint8", samples=3)
 
@@ -625,7 +619,7 @@ def test_colour_is_three_channels(tmp_path):
         np.testing.assert_array_equal(pixels, stack.images[..., k])
 
 
-def test_a_patient_on_both_sides_of_nnunets_folds_is_noted(tmp_path):
+def test_a_patient_on_both_sides_of_nnunets_folds_is_noted(file_of, tmp_path):
     """Without a split nnU-Net makes one by case."""
     folder, _, report = nnunet(file_of(Stack(), Stack(), Stack(patient="patient-2")), tmp_path)
 
@@ -645,14 +639,14 @@ def test_a_patient_on_both_sides_of_nnunets_folds_is_noted(tmp_path):
         ({"structures": []}, "there are no structures"),
     ],
 )
-def test_nnunet_refuses_options_without_meaning(tmp_path, options, message):
+def test_nnunet_refuses_options_without_meaning(file_of, tmp_path, options, message):
     """Before anything is written."""
     with pytest.raises(ConfigurationError, match=message):
         export_nnunet(file_of(Stack()), tmp_path, **{"dataset_id": 7, "name": "Chest"} | options)
     assert not list(tmp_path.iterdir())
 
 
-def test_reserved_names_are_refused(tmp_path):
+def test_reserved_names_are_refused(file_of, tmp_path):
     """nnU-Net reads 'ignore' as something else than a structure."""
     file = file_of(Stack(), structures=("heart", "ignore"))
 
@@ -755,7 +749,7 @@ def stack_of_series(files, masks):
 
 
 @pytest.mark.parametrize("modality", ["CT", "MR_T1", "PET"])
-def test_a_real_series_equals_simpleitks_reading(shared_data, tmp_path, modality):
+def test_a_real_series_equals_simpleitks_reading(file_of, shared_data, tmp_path, modality):
     """Voxels, and where they lie, against GDCM's own order of the series and published masks."""
     study = shared_data / "sts_rtstruct" / "dicom" / "STS_002" / modality / "image"
     files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(study))

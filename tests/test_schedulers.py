@@ -32,7 +32,7 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Cohort:
     make_sunnybrook_cohort(root, patients=3, slices=6, rows=48, columns=40)
     cohort = scan_cohort(root)
     # After the scan, so that it is a worker that finds it.
-    outline = root / os.fsdecode(cohort.contours.path[-1])
+    outline = root / os.fsdecode(cohort.annotations.path[-1])
     outline.write_text("10 10\nnot a number\n")
     return cohort
 

@@ -86,14 +86,8 @@ SEQUENCES = (MODALITY_LUT_SEQUENCE, SHARED_GROUPS, PER_FRAME_GROUPS)
 ATTRIBUTES = {**DATE_ATTRIBUTES, **ALLOWED_ATTRIBUTES}
 
 #: tag -> VR of everything that is kept; ascending as in every DICOM file (PS3.5 7.1).
-KEPT = dict(
-    sorted(
-        {
-            **{tag: vr for tag, vr in ATTRIBUTES.values()},
-            **_NEEDED,
-            **dict.fromkeys(SEQUENCES, "SQ"),
-        }.items()
-    )
+KEPT: dict[int, str] = dict(
+    sorted({**dict(ATTRIBUTES.values()), **_NEEDED, **dict.fromkeys(SEQUENCES, "SQ")}.items())
 )
 TAGS = np.array(list(KEPT), dtype=np.int64)
 #: The column of each tag in what the walks return.
@@ -137,7 +131,9 @@ PER_FRAME = frozenset(
     }
 )
 
-_TEXT_VRS = "AE AS CS DA DS DT IS LO LT PN SH ST TM UC UI UR UT".split()
+_TEXT_VRS = frozenset(
+    ("AE", "AS", "CS", "DA", "DS", "DT", "IS", "LO", "LT", "PN", "SH", "ST", "TM", "UC", "UI")
+) | {"UR", "UT"}
 BINARY_DTYPE = {"US": "<u2", "SS": "<i2", "UL": "<u4", "SL": "<i4", "FL": "<f4", "FD": "<f8"}
 _NUMBER = rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?"
 _CODE = rb"[A-Za-z0-9 _.+/-]{0,16}"
@@ -266,7 +262,7 @@ def _hash(raw: UInt8, start: int, length: int) -> int:
     state = np.int64(2166136261)
     for k in range(length):
         state = ((state ^ np.int64(raw[start + k])) * np.int64(16777619)) & 0xFFFFFFFF
-    return state >> 1
+    return int(state >> 1)
 
 
 @kernel
@@ -328,8 +324,11 @@ def headers_of(distinct: Distinct) -> Headers:
     """The attributes for the dictionary that at least one header has."""
     raw = distinct.values.raw.tobytes()
     headers: Headers = {}
+    absent = (distinct.count == 1) & ~distinct.values.spans[:1, :, 1].any(axis=0)
     for keyword, (tag, vr) in ATTRIBUTES.items():
         slot = SLOT[tag]
+        if absent[slot]:
+            continue
         count = int(distinct.count[slot])
         spans = distinct.values.spans[distinct.first[slot, :count], slot]
         texts = [attribute_text(vr, raw[at : at + size]) for at, size in spans.tolist()]
@@ -366,6 +365,11 @@ def _number_text(vr: str, raw: bytes) -> bytes:
         return b""
     numbers = np.frombuffer(raw, dtype)
     return b"\\".join(str(n).encode() for n in numbers) if np.isfinite(numbers).all() else b""
+
+
+def narrowed(column: Bytes) -> Bytes:
+    """Text in a column that is no wider than the longest of it."""
+    return column.astype(f"S{max(int(np.char.str_len(column).max(initial=1)), 1)}")
 
 
 @kernel

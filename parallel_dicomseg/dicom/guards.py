@@ -178,7 +178,8 @@ def pixel_bytes(columns: dict[str, Any], frames: NDArray[Any] | None = None) -> 
     # out of range here is out of every file too; and the guards before have told what is no number
     whole = np.clip(np.nan_to_num(counts, nan=1.0), 1, MOST_FRAMES).astype(np.int64)
     pixels = columns["rows"].astype(np.int64) * columns["columns"]
-    return np.maximum((pixels * halves // 2 * whole * columns["bits_allocated"] + 7) // 8, 0)
+    bits: Int64 = pixels * halves // 2 * whole * columns["bits_allocated"]
+    return np.maximum((bits + 7) // 8, 0)
 
 
 def _always(text: str, _: int) -> str:

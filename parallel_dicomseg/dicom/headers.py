@@ -35,6 +35,7 @@ from parallel_dicomseg.dicom.elements import (
     concatenate_values,
     find_distinct,
     headers_of,
+    narrowed,
     number_values,
     overlay,
     value_of,
@@ -116,14 +117,16 @@ class _Rows:
 
 @dataclass(frozen=True, slots=True)
 class _Part:
-    """Some of the images, and what became of the rest."""
+    """Some of the images."""
 
     slices: SliceTable
     headers: Headers
     file: Int64
     """(n,) place in the list of each row's file."""
-    others: dict[int, ScannedFile | Problem]
-    """Files that are no image, by their place."""
+
+
+_Others = dict[int, ScannedFile | Problem]
+"""What is no image, by its place in the list."""
 
 
 def scan_headers(
@@ -148,12 +151,20 @@ def scan_headers(
         (image plane), C.7.6.3 (image pixel), C.7.6.16 (functional groups: what a frame says goes
         before what all share, and that before the top level).
     """
+    others: _Others = {}
     parts: list[_Part] = []
-    for start in range(0, max(len(paths), 1), _FILES_AT_ONCE):
-        block = paths[start : start + _FILES_AT_ONCE]
-        named = None if patients is None else patients[start : start + _FILES_AT_ONCE]
-        parts += _scan_block(os.fspath(root), _Names(block, named, start))
-    return _joined(parts)
+    for start in range(0, len(paths), _FILES_AT_ONCE):
+        chosen = slice(start, start + _FILES_AT_ONCE)
+        named = None if patients is None else patients[chosen]
+        parts += _scan_block(os.fspath(root), _Names(paths[chosen], named, start), others)
+    joined = _joined(parts or [_part_of(_single_rows([]), _Names((), None, 0), others)])
+    not_images = [others[i] for i in sorted(others)]
+    return Scanned(
+        joined.slices,
+        joined.headers,
+        tuple(other for other in not_images if isinstance(other, ScannedFile)),
+        [other for other in not_images if isinstance(other, Problem)],
+    )
 
 
 def concatenate_headers(parts: Sequence[tuple[Headers, int]]) -> Headers:
@@ -180,44 +191,43 @@ def _concatenate_column(keyword: str, parts: Sequence[tuple[Headers, int]]) -> H
     return number_values(texts, np.concatenate(codes))
 
 
-def _joined(parts: list[_Part]) -> Scanned:
+def _joined(parts: list[_Part]) -> _Part:
     """Parts as one, in the order of the files."""
-    others = dict(sorted((i, other) for part in parts for i, other in part.others.items()))
-    parts = [part for part in parts if len(part.file)] or parts[:1]
-    slices, headers = parts[0].slices, parts[0].headers
-    if len(parts) > 1:
-        order = np.argsort(np.concatenate([part.file for part in parts]), kind="stable")
-        slices = SliceTable.concatenate([part.slices for part in parts]).take(order)
-        joined = concatenate_headers([(part.headers, len(part.file)) for part in parts])
-        headers = {keyword: column.take(order) for keyword, column in joined.items()}
-    return Scanned(
-        slices,
-        headers,
-        tuple(other for other in others.values() if isinstance(other, ScannedFile)),
-        [other for other in others.values() if isinstance(other, Problem)],
+    if len(parts) == 1:
+        return parts[0]
+    file = np.concatenate([part.file for part in parts])
+    order = np.argsort(file, kind="stable")
+    headers = concatenate_headers([(part.headers, len(part.file)) for part in parts])
+    return _Part(
+        SliceTable.concatenate([part.slices for part in parts]).take(order),
+        {keyword: column.take(order) for keyword, column in headers.items()},
+        file[order],
     )
 
 
-def _scan_block(root: str, names: _Names) -> Iterator[_Part]:
-    """Scan a few thousand files."""
+def _scan_block(root: str, names: _Names, others: _Others) -> Iterator[_Part]:
+    """Scan a few thousand files; those that are no image are added to `others`."""
     walked = walk_files(root, names.paths) if AVAILABLE else None
     alone = np.ones(len(names.paths), bool)
     if walked is not None:
         sequences = walked.values.spans[:, [SLOT[tag] for tag in SEQUENCES], 1]
         alone = (walked.status != PIXELS) | (sequences != 0).any(axis=1)
-        yield _part_of(_plain_rows(walked, ~alone), {}, names)
-    others: dict[int, ScannedFile | Problem] = {}
+        if not alone.all():
+            yield _part_of(_plain_rows(walked, ~alone), names, others)
     single: list[tuple[int, FileHeader]] = []
+    rows = 0
     for i in np.flatnonzero(alone).tolist():
         found = _read_alone(root, names.paths[i], walked, i)
-        if isinstance(found, FileHeader):
-            single.append((i, found))
-        else:
+        if not isinstance(found, FileHeader):
             others[names.start + i] = found
-        if sum(len(header.values.spans) for _, header in single) >= _ROWS_AT_ONCE:
-            yield _part_of(_single_rows(single), {}, names)
-            single = []
-    yield _part_of(_single_rows(single), others, names)
+            continue
+        single.append((i, found))
+        rows += len(found.values.spans)
+        if rows >= _ROWS_AT_ONCE:
+            yield _part_of(_single_rows(single), names, others)
+            single, rows = [], 0
+    if single:
+        yield _part_of(_single_rows(single), names, others)
 
 
 def _plain_rows(walked: Walked, chosen: NDArray[np.bool_]) -> _Rows:
@@ -337,35 +347,43 @@ def _read_bytes(file: Path, start: int, stop: int) -> bytes:
         return stream.read(stop - start)
 
 
-def _part_of(rows: _Rows, others: dict[int, ScannedFile | Problem], names: _Names) -> _Part:
-    """Make the table of some headers, and judge those that cannot be in it."""
+def _part_of(rows: _Rows, names: _Names, others: _Others) -> _Part:
+    """Make the table of some headers; those that cannot be in it are added to `others`."""
     distinct = find_distinct(rows.values)
     columns = columns_of(distinct)
     columns |= {"file_size": rows.size, "items": rows.items, "lut_range": rows.lut_range}
     columns |= dict(zip(("pixel_tag", "pixel_offset", "pixel_length"), rows.pixels.T, strict=True))
     complete(columns)
-    paths = [names.paths[i] for i in rows.file.tolist()]
-    problems = find_problems(columns, paths)
-    foreign = np.isin(columns["sop_class_uid"], NOT_IMAGES)
-    others = others | {names.start + int(rows.file[k]): p for k, p in reversed(problems.items())}
-    for k in np.flatnonzero(foreign).tolist():
-        uid = columns["sop_class_uid"][k].decode()
-        others[names.start + int(rows.file[k])] = ScannedFile(paths[k], uid, int(rows.size[k]))
-    bad = foreign.copy()
-    bad[list(problems)] = True
-    good = ~np.isin(rows.file, rows.file[bad]) if bad.any() else ~bad
-    whole_file = good & (rows.items == 0)
-    repeats = np.where(whole_file, columns["number_of_frames"], good).astype(np.int64)
+    good = _judge(columns, rows, names, others)
+    repeats = np.where(rows.items == 0, columns["number_of_frames"], 1.0)
+    repeats = np.where(good, repeats, 0.0).astype(np.int64)
     index = np.repeat(np.arange(len(good)), repeats)
-    frame = (
-        rows.frame[index] + np.arange(len(index)) - np.repeat(repeats.cumsum() - repeats, repeats)
-    )
+    frame = rows.frame[index] + np.arange(len(index)) - (repeats.cumsum() - repeats)[index]
     headers = headers_of(distinct)
     if not (repeats == 1).all():
-        columns = {name: column[index] for name, column in columns.items()}
+        columns = {name: _taken(column, index) for name, column in columns.items()}
         headers = _chosen(headers, index)
     table = _table(columns, rows.file[index], frame, names)
-    return _Part(table, headers, rows.file[index] + names.start, others)
+    return _Part(table, headers, rows.file[index] + names.start)
+
+
+def _taken(column: NDArray[Any], index: Int64) -> NDArray[Any]:
+    """Some rows of a column, in no more width than they need."""
+    return narrowed(column[index]) if column.dtype.kind == "S" else column[index]
+
+
+def _judge(
+    columns: dict[str, Any], rows: _Rows, names: _Names, others: _Others
+) -> NDArray[np.bool_]:
+    """(m,) which rows are of images that can be converted; the files of the rest go to `others`."""
+    paths = [names.paths[i] for i in rows.file.tolist()]
+    classes = columns["sop_class_uid"]
+    rejected: dict[int, ScannedFile | Problem] = {**find_problems(columns, paths)}
+    for k in np.flatnonzero(np.isin(classes, NOT_IMAGES)).tolist():
+        rejected[k] = ScannedFile(paths[k], classes[k].decode(), int(rows.size[k]))
+    for k in sorted(rejected):
+        others.setdefault(names.start + int(rows.file[k]), rejected[k])
+    return ~np.isin(rows.file, rows.file[sorted(rejected)])
 
 
 def _chosen(headers: Headers, index: Int64) -> Headers:
@@ -399,9 +417,9 @@ def _table(columns: dict[str, Any], file: Int64, frame: Int64, names: _Names) ->
     )
 
 
-_INT32 = frozenset(
-    "frame number_of_frames rows columns samples_per_pixel bits_allocated bits_stored "
-    "pixel_representation volume".split()
+_INT32 = (
+    *("frame", "number_of_frames", "rows", "columns", "samples_per_pixel"),
+    *("bits_allocated", "bits_stored", "pixel_representation", "volume"),
 )
 
 

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
@@ -229,7 +229,7 @@ def _read(file: BinaryIO, size: int, start: int, encoding: _Encoding | None) -> 
         return bool(pixels)
 
     dataset = read_dataset(
-        metered, encoding.implicit, encoding.little,
+        cast(BinaryIO, metered), encoding.implicit, encoding.little,
         stop_when=at_pixels, specific_tags=list(KEPT),
     )  # fmt: skip
     tag, offset, length = pixels[0] if pixels else (-1, -1, -1)
@@ -404,7 +404,11 @@ def _items(dataset: Any, tag: int, metered: _Metered) -> list[Any]:
         return []
     return list(
         read_sequence(
-            metered.over(raw), element.is_implicit_VR, element.is_little_endian, len(raw), "ascii"
+            cast(BinaryIO, metered.over(raw)),
+            element.is_implicit_VR,
+            element.is_little_endian,
+            len(raw),
+            "ascii",
         )
     )
 

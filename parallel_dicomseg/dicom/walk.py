@@ -49,7 +49,8 @@ _UNKNOWN_VR = vr_code("UN")
 
 # Explicit VRs whose length takes four bytes after two reserved ones (PS3.5 7.1.2).
 _LONG_VR = np.zeros(65536, np.uint8)
-_LONG_VR[[vr_code(vr) for vr in "OB OD OF OL OV OW SQ SV UC UN UR UT UV".split()]] = 1
+_LONG_VRS = ("OB", "OD", "OF", "OL", "OV", "OW", "SQ", "SV", "UC", "UN", "UR", "UT", "UV")
+_LONG_VR[[vr_code(vr) for vr in _LONG_VRS]] = 1
 # Of each possible VR, and of each kept tag: 0, or the way in which its values are written.
 _KIND_OF_VR = np.array([vr_kind(chr(k & 255) + chr(k >> 8)) for k in range(65536)], np.uint8)
 _KINDS = np.array([vr_kind(vr) for vr in KEPT.values()], np.uint8)
@@ -187,7 +188,7 @@ def _keep_value(
 
 
 @kernel
-def _walk(  # noqa: C901, PLR0911, PLR0912 one pass over the elements; cut up, it would pass ten variables on
+def _walk(  # noqa: C901, PLR0911, PLR0912, PLR0915 one pass over the elements; cut up, it would pass ten variables on
     fd: int,
     size: int,
     window: UInt8,
@@ -323,7 +324,7 @@ def _walk_files(
 
 
 @kernel
-def _value_end(  # noqa: PLR0911 one return per kind of element
+def _value_end(
     raw: UInt8, start: int, length: int, stop: int, explicit: bool, long_vr: UInt8
 ) -> int:
     """Where a value ends, or the rest of a sequence of undefined length; -1: not before `stop`."""

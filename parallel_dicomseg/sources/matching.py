@@ -53,7 +53,9 @@ class Volume:
 
         Of each, one point (r, 3) or several (r, k, 3) are given, mm: all of them lie on the slice.
         """
-        heights = heights_above(points_patient, self.normal).reshape(len(points_patient), -1)
+        heights = heights_above(points_patient, self.normal)
+        if heights.ndim == 1:
+            return self.slices_between(heights, heights)
         return self.slices_between(heights.min(axis=1), heights.max(axis=1))
 
     def slices_between(self, lowest: Float64, highest: Float64) -> Int64:
