@@ -153,6 +153,7 @@ def _timed(contestant: Contestant, what: str, images: Path, rtstruct: Path, scra
     if what == "masks":
         for _, mask in contestant.masks(images, rtstruct):
             assert mask.ndim == 3
+            del mask  # nobody has to hold two of them
     else:
         contestant.file(images, rtstruct, output)
     seconds = time.perf_counter() - start

@@ -154,9 +154,12 @@ class Ours(Contestant):
         bits = np.empty((layout.slices, layout.rows, layout.columns), layout.mask_dtype)
         for task in tasks(plan):
             draw_masks(task, bits[task.first : task.first + len(task.slices)])
-        one = np.empty_like(bits)
         for s, name in enumerate(layout.structures):
-            yield name, np.bitwise_and(bits, bits.dtype.type(1 << s), out=one) != 0
+            mask = np.empty(bits.shape, np.bool_)
+            for one, drawn in zip(mask, bits, strict=True):
+                np.not_equal(drawn & bits.dtype.type(1 << s), 0, out=one)
+            yield name, mask
+            del mask
 
     def file(self, images: Path, rtstruct: Path, output: Path) -> None:  # noqa: ARG002
         """See `Contestant`."""

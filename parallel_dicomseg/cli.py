@@ -10,6 +10,7 @@ import errno
 import json
 import math
 import random
+import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -54,6 +55,9 @@ if TYPE_CHECKING:
     from parallel_dicomseg.export import ExportReport
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+# A /regular expression/, maybe with 'new=' before it, or a name without a comma.
+_BETWEEN_COMMAS = re.compile(r"\s*(?:[^,/=]*=)?/.*?/\s*(?=,|$)|[^,]+")
 
 FINISHED_SHORT = 1
 """Exit status of a run that ended, but not with everything that it should have made."""
@@ -632,8 +636,12 @@ def _settings(command: str, options: Mapping[str, Any], config: str | None) -> S
 
 
 def _split(values: Iterable[str]) -> tuple[str, ...]:
-    """Names that were given one by one, with commas between them, or both."""
-    return tuple(name.strip() for value in values for name in value.split(","))
+    """Names that were given one by one, with commas between them, or both.
+
+    A comma inside a /regular expression/ belongs to it.
+    """
+    parts = (part for value in values for part in _BETWEEN_COMMAS.findall(value))
+    return tuple(part.strip() for part in parts)
 
 
 def _show_config(settings: Settings, table: str, as_json: bool) -> None:

@@ -138,24 +138,15 @@ def scan_cohort(
     files = _list_files(root, options)
     scanned = _read_headers(root, files, options.workers or os.cpu_count() or 1, progress)
     images, hygiene = _in_order(scanned, files)
-    others, no_dicom = _others(scanned, files)
     numbered = _pair_numbered(scanned, files, images.table)
-    drawn = find_annotations(
-        str(root.resolve()),
-        others,
-        replace(images.table, patient_id=images.own_patient_id),
-        files.sources,
-        options,
-    )
+    drawn = _find_annotations(root, scanned, files, images, options)
     annotations = (*numbered.annotations, *drawn.annotations)
     selected = _select(annotations, len(images.table), options)
     keep = _kept(selected, images, options)
     problems = {
-        *files.problems,
+        *_about_chosen((*files.problems, *numbered.problems), selected),
         *scanned.problems,
-        *no_dicom,
         *hygiene,
-        *_about_chosen(numbered.problems, selected),
         *drawn.problems,
         *selected.problems,
         *_without_annotation(images, keep),
@@ -174,9 +165,7 @@ def scan_cohort(
         annotations=table,
         headers={name: column.take(keep) for name, column in images.headers.items()},
         found_by=selected.found_by,
-        problems=tuple(
-            sorted(problems, key=lambda problem: (problem.path, problem.reason, problem.detail))
-        ),
+        problems=tuple(sorted(problems, key=lambda p: (p.path, p.reason, p.detail))),
     )
 
 
@@ -251,16 +240,6 @@ def _blocks(files: _Files) -> Iterator[tuple[list[str], list[str] | None]]:
         yield files.paths[start : start + _FILES_PER_CALL], None
 
 
-def _others(scanned: Scanned, files: _Files) -> tuple[list[ScannedFile], list[Problem]]:
-    """What is no image; of a listing's images those that are no DICOM at all are rejected."""
-    listed = set(files.numbered_paths)
-    lost = [file for file in scanned.files if not file.sop_class_uid and file.path in listed]
-    gone = {file.path for file in lost}
-    others = [*(file for file in scanned.files if file.path not in gone), *files.foreign]
-    detail = "not a DICOM file, though it lies where the images are"
-    return others, [Problem(file.path, Reason.NOT_DICOM, detail) for file in lost]
-
-
 # --- images --------------------------------------------------------------------------------------
 
 
@@ -325,6 +304,27 @@ def _pair_numbered(scanned: Scanned, files: _Files, images: SliceTable) -> Found
 
 
 # --- annotations ---------------------------------------------------------------------------------
+
+
+def _find_annotations(
+    root: Path, scanned: Scanned, files: _Files, images: _Images, options: ScanOptions
+) -> Found:
+    """What the sources of a tree draw on the images, and what nobody knows what to do with.
+
+    Of a listing's images those that are no DICOM at all are rejected: the layout promises images.
+    """
+    listed = set(files.numbered_paths)
+    lost = {file.path for file in scanned.files if not file.sop_class_uid} & listed
+    found = find_annotations(
+        str(root.resolve()),
+        [*(file for file in scanned.files if file.path not in lost), *files.foreign],
+        replace(images.table, patient_id=images.own_patient_id),
+        files.sources,
+        options,
+    )
+    detail = "not a DICOM file, though it lies where the images are"
+    rejected = (Problem(path, Reason.NOT_DICOM, detail) for path in sorted(lost))
+    return Found(found.annotations, (*found.problems, *rejected))
 
 
 def _select(annotations: Sequence[Annotation], images: int, options: ScanOptions) -> _Selected:
@@ -392,8 +392,8 @@ def _without_annotation(images: _Images, keep: NDArray[np.bool_]) -> list[Proble
     series: dict[tuple[bytes, ...], list[int]] = {}
     kept: set[tuple[bytes, ...]] = set()
     names = ("patient_id", "study_instance_uid", "series_instance_uid")
-    heads = np.flatnonzero(np.diff(table.volume, prepend=-1))
-    for head, stop in zip(heads.tolist(), [*heads[1:].tolist(), len(table)], strict=True):
+    _, heads, counts = np.unique(table.volume, return_index=True, return_counts=True)
+    for head, stop in zip(heads.tolist(), (heads + counts).tolist(), strict=True):
         key = tuple(getattr(table, name)[head] for name in names)
         if not key[-1]:
             key = (*key, table.path[head].rpartition(b"/")[0])

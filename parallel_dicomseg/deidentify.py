@@ -385,7 +385,7 @@ def conceal_paths(
         Further paths that sentences may name, os.fsencode-d.
     """
     problems = tuple(problems)
-    if not policy.hash_paths or policy.keep_identity:
+    if not problems or not policy.hash_paths or policy.keep_identity:
         return problems
     names = _Names((*map(os.fsdecode, paths), *(p.path for p in problems)))
     return tuple(

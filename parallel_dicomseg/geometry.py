@@ -63,18 +63,28 @@ def to_pixels(points_patient: ArrayLike, plane: ArrayLike) -> tuple[Float64, Flo
     its normal. The inverse of DICOM PS3.3 equation C.7.6.2.1-1.
     """
     plane = np.asarray(plane, np.float64)
-    row_direction, column_direction = plane[3:6], plane[6:9]
     relative = np.asarray(points_patient, np.float64) - plane[:3]
-    # Solved, not projected: the cosines of real headers are rounded and not quite orthogonal.
+    along_row, along_column = _duals(plane[3:6], plane[6:9])
+    columns, rows = (
+        _along(relative, along_row) / plane[10],
+        _along(relative, along_column) / plane[9],
+    )
+    return np.stack([columns, rows], axis=-1), _along(relative, normal_of(plane[3:9]))
+
+
+def _duals(row_direction: Float64, column_direction: Float64) -> tuple[Float64, Float64]:
+    """What to multiply a vector with to get its parts along the two directions.
+
+    Solved, not projected: the cosines of real headers are rounded and not quite orthogonal.
+    """
     cross = _along(row_direction, column_direction)
     row_square = _along(row_direction, row_direction)
     column_square = _along(column_direction, column_direction)
-    along_row, along_column = _along(relative, row_direction), _along(relative, column_direction)
     norm = row_square * column_square - cross * cross
-    column_mm = (along_row * column_square - along_column * cross) / norm
-    row_mm = (along_column * row_square - along_row * cross) / norm
-    points_column_row = np.stack([column_mm / plane[10], row_mm / plane[9]], axis=-1)
-    return points_column_row, _along(relative, normal_of(plane[3:9]))
+    return (
+        (row_direction * column_square - column_direction * cross) / norm,
+        (column_direction * row_square - row_direction * cross) / norm,
+    )
 
 
 def to_patient(points_column_row: ArrayLike, plane: ArrayLike) -> Float64:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import uuid
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,7 +190,10 @@ def make_rtstruct_series(
         dataset.ROIContourSequence = Items(reversed(dataset.ROIContourSequence))
     if undefined_lengths:
         _forget_lengths(dataset)
-    dcmwrite(Path(phantom.directory, STRUCTURE_SET), dataset, enforce_file_format=True)
+    with warnings.catch_warnings():
+        # a contour of more than 64 KiB is written as UN, as it must be (PS3.5 6.2.2)
+        warnings.filterwarnings("ignore", message="The value for the data element .3006,0050.")
+        dcmwrite(Path(phantom.directory, STRUCTURE_SET), dataset, enforce_file_format=True)
     return phantom
 
 

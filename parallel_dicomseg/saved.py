@@ -12,10 +12,11 @@ files with mode 0600.
 
 What may be edited: rows of slices.csv may be deleted (what is drawn on them goes with them), and
 `patient_id`, `split` and everything else may be changed; rows of annotations.csv and problems.csv
-may be deleted. The order of rows does not count: images are sorted by patient in natural order,
+may be deleted; `root` in cohort.json is the data directory, wherever it lies now. Columns of one's
+own are ignored. The order of rows does not count: images are sorted by patient in natural order,
 then by `volume` and position, and volumes are numbered anew; a volume whose rows name two patients
-becomes two. Columns of one's own are ignored. Read the tables as text (`pandas.read_csv(path,
-dtype=str, keep_default_na=False)`), or identifiers such as 001 lose their zeros.
+becomes two. Read the tables as text (`pandas.read_csv(path, dtype=str, keep_default_na=False)`),
+or identifiers such as 001 lose their zeros.
 """
 
 from __future__ import annotations
@@ -124,13 +125,15 @@ class _Table:
 
     def parsed(self, column: str, parse: Callable[[str], Any], needed: str) -> list[Any]:
         """The values of a column; the first that is none is an error."""
-        values = []
-        for row, cell in enumerate(self.cells(column)):
-            try:
-                values.append(parse(cell))
-            except ValueError:
-                raise self.error(row, column, needed, cell) from None
-        return values
+        cells = self.cells(column)
+        values: dict[str, Any] = {}  # most columns hold few different cells
+        for row, cell in enumerate(cells):
+            if cell not in values:
+                try:
+                    values[cell] = parse(cell)
+                except ValueError:
+                    raise self.error(row, column, needed, cell) from None
+        return [values[cell] for cell in cells]
 
 
 # --- writing -------------------------------------------------------------------------------------

@@ -34,6 +34,7 @@ Watch = Callable[[Progress], None]
 
 #: Plain progress lines are at least this far apart, seconds (the first and the last always come).
 LINE_SECONDS = 2.0
+_STRUCTURES_PER_LINE = 6
 
 
 #: How many different sizes, spacings and the like are named.
@@ -253,7 +254,8 @@ def render_summary(summary: Summary) -> str:
         ("output", summary.output),
         ("slices", f"{summary.slices} of {summary.rows} x {summary.columns} pixels"),
         ("patients", str(summary.patients)),
-        ("structures", _counts(structures)),
+        *_structure_rows(structures),
+        *(("images" if k == 0 else "", note) for k, note in enumerate(summary.notes)),
         ("size", size_text(summary.bytes_written)),
         ("time", f"{summary.seconds:.2f} s{rate}"),
         ("flagged", "" if summary.flagged else "nothing"),
@@ -264,6 +266,14 @@ def render_summary(summary: Summary) -> str:
     return "\n".join(
         [columns_of_text(rows), *_listed(rejected, summary.output), *_verdict(summary)]
     )
+
+
+def _structure_rows(counts: Mapping[str, int]) -> list[tuple[str, str]]:
+    """One line for a few structures, else a line for each."""
+    if len(counts) <= _STRUCTURES_PER_LINE:
+        return [("structures", _counts(counts))]
+    heading = ("structures", f"{len(counts)}, and the slices on which they are drawn")
+    return [heading, *((f"  {name}", str(count)) for name, count in counts.items())]
 
 
 def _listed(rejected: Sequence[Problem], output: str) -> list[str]:

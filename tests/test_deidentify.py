@@ -317,8 +317,8 @@ def test_sentences_name_no_path_either():
         return hashed_path(path, None)
 
     assert [problem.path for problem in found] == [h(problem.path) for problem in problems]
-    assert found[0].detail == f"of 12; see {h('ROE JANE/IM-2.dcm')}, {h('IM-2.dcm')}"
-    assert found[1].detail == f"'{h('a (1)')}' of {h('DOE/a (1)')} is stray-file 2.dcm"
+    assert found[0].detail == f"of 12 x 13; see {h('ROE JANE/IM-2.dcm')}, {h('IM-2.dcm')}"
+    assert found[1].detail == f"'{h('a (1)')}' of {h('DOE/a (1)')} is stray-file 1.dcm"
     assert found[2].detail == f"12 files of 12345 bytes; ({h('ROE JANE')}) again"
     assert plain == tuple(problems)
 

@@ -5,20 +5,19 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
-import pydicom
 import pytest
 import SimpleITK
+import written
 from hypothesis import given
 from hypothesis import strategies as st
 
-import written
-from parallel_dicomseg import open_dataset
+from parallel_dicomseg import ConvertOptions, convert_cohort, open_dataset, scan_cohort
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.export import NoteKind, export_nifti, export_nnunet
 from parallel_dicomseg.export.nifti import count_overlapping, has_bit, label_map
@@ -150,7 +149,8 @@ def assert_lies_on(image, planes, within=1e-3):
 @pytest.mark.parametrize("name", ORIENTATIONS)
 def test_every_voxel_lies_where_dicom_has_it(file_of, tmp_path, name):
     """SimpleITK's physical points of image and masks are those of the planes; values are equal."""
-    stack = Stack(shape=(6, 40, 31), orientation=ORIENTATIONS[name], origin=(-213.7, 95.1, -804.3))
+    origin = (-213.7, 95.1, -804.3)
+    stack = Stack(shape=(6, 300, 201), orientation=ORIENTATIONS[name], origin=origin)
 
     report = export_nifti(file_of(stack), tmp_path / "out")
 
@@ -241,7 +241,21 @@ def test_a_sheared_volume_has_no_qform_and_says_so(file_of, tmp_path):
     np.testing.assert_allclose(point[:3], expected * [-1, -1, 1], atol=1e-3)
     (note,) = report.notes
     assert note.kind is NoteKind.SHEARED
-    assert "19.8 degrees off" in note.detail
+    assert note.detail.startswith("its axes are 19.8 degrees off the perpendicular")
+
+
+def test_rounded_cosines_are_not_sheared(file_of, tmp_path):
+    """Headers with four decimals: both forms are there, and no corner is off by a tenth of a pixel."""
+    orientation = tuple(np.round(ORIENTATIONS["oblique"], 4))
+    stack = Stack(shape=(30, 200, 180), orientation=orientation)
+
+    report = export_nifti(file_of(stack), tmp_path / "out")
+
+    assert report.notes == ()
+    image = nibabel.load(tmp_path / "out" / report.files[0])
+    assert (image.get_sform(coded=True)[1], image.get_qform(coded=True)[1]) == (1, 1)
+    _, image = read(tmp_path / "out" / report.files[0])
+    assert_lies_on(image, stack.planes, within=0.07)
 
 
 def test_one_slice_is_as_thick_as_it_says(file_of, tmp_path):
@@ -267,10 +281,13 @@ def test_slices_at_one_place_are_noted(file_of, tmp_path):
     assert image.GetSpacing()[2] == pytest.approx(2.5)
 
 
-def test_a_volume_without_geometry_has_the_identity_and_says_so(file_of, tmp_path):
+@pytest.mark.parametrize(
+    ("columns", "value"), [(slice(2, 3), np.nan), (slice(3, 9), 0.0), (slice(9, 10), 0.0)]
+)
+def test_a_volume_without_geometry_has_the_identity_and_says_so(file_of, tmp_path, columns, value):
     """Nothing is made up, and it is not called the scanner's coordinates."""
     stack = Stack()
-    stack.planes[1, 2] = np.nan
+    stack.planes[1, columns] = value
 
     report = export_nifti(file_of(stack), tmp_path / "out")
 
@@ -353,8 +370,8 @@ def test_volumes_and_structures_can_be_chosen(file_of, tmp_path):
     report = export_nifti(file, tmp_path / "out", volumes=[2], structures=["lung"])
 
     assert report.files == (
-        "patient-2_volume-2_image.nii.gz",
-        "patient-2_volume-2_mask_lung.nii.gz",
+        "patient-3_volume-2_image.nii.gz",
+        "patient-3_volume-2_mask_lung.nii.gz",
     )
     with pytest.raises(ConfigurationError, match="no volume 3, they are 0 to 2"):
         export_nifti(file, tmp_path / "no", volumes=[3])
@@ -379,18 +396,18 @@ def test_names_of_files_are_safe_and_differ(texts):
         assert not name.startswith(".")
 
 
-def test_an_export_is_never_half_there(file_of, tmp_path):
+def test_an_export_is_never_half_there(file_of, tmp_path, monkeypatch):
     """What fails in the middle leaves nothing, and keeps the earlier export."""
     file = file_of(Stack(), Stack())
     export_nifti(file, tmp_path / "out", volumes=[0])
     before = sorted(path.name for path in (tmp_path / "out").iterdir())
 
-    def fail(row, out, read_into=file.images.read_into):
-        if row == 5:
+    def fail(image, path, save=nibabel.save):
+        if "volume-1" in path.name:
             raise OSError(28, "No space left on device")
-        read_into(row, out)
+        save(image, path)
 
-    file.images.read_into = fail
+    monkeypatch.setattr(nibabel, "save", fail)
     for target in (tmp_path / "out", tmp_path / "new"):
         with pytest.raises(ConversionError, match="cannot be written: No space left"):
             export_nifti(file, target, overwrite=True)
@@ -506,12 +523,12 @@ def test_nnunet_layout(file_of, tmp_path):
     assert [path.name for path in (folder / "imagesTs").iterdir()] == [
         "patient-3_volume-2_0000.nii.gz"
     ]
-    masks = file.masks.values[:4]
+    masks = Stack().masks
     labels, image = read(folder / "labelsTr" / "patient-1_volume-0.nii.gz")
     np.testing.assert_array_equal(labels, np.where(masks & 2, 2, masks & 1))
     assert_lies_on(image, Stack().planes)
     pixels, _ = read(folder / "imagesTr" / "patient-1_volume-0_0000.nii.gz")
-    np.testing.assert_array_equal(pixels, file.images.values[:4])
+    np.testing.assert_array_equal(pixels, Stack().images)
     overlaps = [note for note in report.notes if note.kind is NoteKind.OVERLAP]
     assert overlaps[0].detail.startswith(f"{np.count_nonzero(masks == 3)} voxels")
     assert len(overlaps) == 3
@@ -531,6 +548,22 @@ def test_overlapping_structures_as_regions(file_of, tmp_path):
     np.testing.assert_array_equal(np.isin(labels, [1, 2]), masks & 1 == 1)
     np.testing.assert_array_equal(labels == 2, masks & 2 == 2)
     assert not [note for note in report.notes if note.kind is NoteKind.OVERLAP]
+
+
+def test_a_structure_without_voxels_is_no_region(file_of, tmp_path):
+    """It is noted; where nothing is drawn at all there is nothing to train."""
+    stack = Stack(masks=np.ones((4, 5, 7), np.uint8))
+
+    folder, said, report = nnunet(file_of(stack), tmp_path, overlap="regions")
+
+    check_dataset(folder)
+    assert said["labels"] == {"background": 0, "heart": 1}
+    assert [note.detail for note in report.notes] == [
+        "'lung' has no voxel in any of the volumes: it is no region"
+    ]
+    blank = Stack(masks=np.zeros((4, 5, 7), np.uint8))
+    with pytest.raises(ConfigurationError, match="there are no regions to train"):
+        nnunet(file_of(blank), tmp_path, overlap="regions", overwrite=True)
 
 
 def test_volumes_that_nobody_annotated_are_not_trained_on(file_of, tmp_path):
@@ -732,46 +765,66 @@ def test_many_combinations_need_16_bits():
 # --- real data ------------------------------------------------------------------------------------
 
 
-def stack_of_series(files, masks):
-    """A volume of real DICOM files in the order given."""
-    headers = [pydicom.dcmread(file) for file in files]
-    planes = np.array(
-        [[*h.ImagePositionPatient, *h.ImageOrientationPatient, *h.PixelSpacing] for h in headers],
-        float,
-    )
-    images = np.stack(
-        [
-            h.pixel_array * float(h.get("RescaleSlope", 1)) + float(h.get("RescaleIntercept", 0))
-            for h in headers
-        ]
-    ).astype(np.float32)
-    return Stack(images=images, masks=masks, planes=planes, structures=1)
+@pytest.fixture(scope="module")
+def real(shared_data, tmp_path_factory):
+    """The six series of the sarcoma cohort in one file of ours, exported: folder and report."""
+    folder = tmp_path_factory.mktemp("real")
+    root = shared_data / "sts_rtstruct" / "dicom"
+    convert_cohort(scan_cohort(root), folder / "cohort.h5", options=ConvertOptions(workers=1))
+    with open_dataset(folder / "cohort.h5") as file:
+        report = export_nifti(file, folder / "out")
+        modality = file.column("modality", "series")[file.column("series_index", "volumes")]
+        patient = file.column("patient_id", "volumes")
+    names = [f"{p.decode()} {m.decode()}" for p, m in zip(patient, modality, strict=True)]
+    return folder / "out", dict(zip(names, report.cases, strict=True)), report
 
 
-@pytest.mark.parametrize("modality", ["CT", "MR_T1", "PET"])
-def test_a_real_series_equals_simpleitks_reading(file_of, shared_data, tmp_path, modality):
-    """Voxels, and where they lie, against GDCM's own order of the series and published masks."""
-    study = shared_data / "sts_rtstruct" / "dicom" / "STS_002" / modality / "image"
+SERIES = [
+    (f"patient-{k} {modality}", f"STS_00{k}/{folder}")
+    for k in (1, 2)
+    for modality, folder in (("CT", "CT"), ("MR", "MR_T1"), ("PT", "PET"))
+]
+
+
+@pytest.mark.parametrize(("case", "folder"), SERIES)
+def test_a_real_series_equals_simpleitks_reading(real, shared_data, case, folder):
+    """Voxels, and where they lie, against GDCM's own order of the series.
+
+    The images are padded to one size on the right and below, so that positions stay.
+    """
+    out, cases, _ = real
+    study = shared_data / "sts_rtstruct" / "dicom" / folder / "image"
     files = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(study))
     expected = SimpleITK.ReadImage(files)
-    published = nibabel.load(
-        shared_data / "sts_rtstruct" / "nifti" / "STS_002" / f"{modality}_mask.nii.gz"
-    )
-    mask = np.asanyarray(published.dataobj).T.astype(np.uint8)
-    order = np.random.default_rng(2).permutation(len(files))  # a file in another order
-    stack = stack_of_series([files[k] for k in order], mask[order])
+    columns, rows, slices = expected.GetSize()
 
-    report = export_nifti(file_of(stack, structures=("GTV",)), tmp_path / "out")
+    pixels, image = read(out / cases[case].images[0])
 
-    pixels, image = read(tmp_path / "out" / report.files[0])
-    np.testing.assert_allclose(pixels, SimpleITK.GetArrayFromImage(expected), rtol=1e-6, atol=1e-3)
-    far = [size - 1 for size in expected.GetSize()]
-    for index in ([0, 0, 0], [far[0], 0, 0], [0, far[1], 0], [0, 0, far[2]], far):
-        point = image.TransformIndexToPhysicalPoint(index)
+    assert image.GetSize()[2] == slices
+    origin = image.TransformPhysicalPointToIndex(expected.GetOrigin())
+    inside = pixels[:, origin[1] : origin[1] + rows, origin[0] : origin[0] + columns]
+    np.testing.assert_allclose(inside, SimpleITK.GetArrayFromImage(expected), rtol=1e-6, atol=1e-3)
+    for index in ([0, 0, 0], [columns - 1, 0, 0], [0, rows - 1, 0], [0, 0, slices - 1]):
         np.testing.assert_allclose(
-            point, expected.TransformIndexToPhysicalPoint(index), rtol=0, atol=1e-3
+            image.TransformIndexToPhysicalPoint(np.add(index, origin).tolist()),
+            expected.TransformIndexToPhysicalPoint(index),
+            rtol=0,
+            atol=1e-3,
         )
-    exported = nibabel.load(tmp_path / "out" / report.files[1])
-    np.testing.assert_allclose(exported.affine, published.affine, atol=1e-3)
-    np.testing.assert_array_equal(np.asanyarray(exported.dataobj), np.asanyarray(published.dataobj))
-    assert report.notes == ()
+
+
+@pytest.mark.parametrize(("case", "folder"), SERIES)
+def test_a_real_mask_equals_the_published_one(real, shared_data, case, folder):
+    """Voxel by voxel, in the coordinates that both files give."""
+    out, cases, _ = real
+    (name,) = cases[case].masks.values()
+    published = nibabel.load(shared_data / "sts_rtstruct" / "nifti" / f"{folder}_mask.nii.gz")
+
+    exported = nibabel.load(out / name)
+
+    ours = np.argwhere(np.asanyarray(exported.dataobj)) @ exported.affine[:3, :3].T
+    theirs = np.argwhere(np.asanyarray(published.dataobj)) @ published.affine[:3, :3].T
+    assert len(ours) == len(theirs) > 500
+    np.testing.assert_allclose(
+        ours + exported.affine[:3, 3], theirs + published.affine[:3, 3], rtol=0, atol=1e-2
+    )

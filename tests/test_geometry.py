@@ -83,7 +83,7 @@ def test_pixels_equal_those_of_simpleitk(plane: NDArray[np.float64]) -> None:
     image.SetDirection(np.stack([plane[3:6], plane[6:9], normal], axis=1).ravel().tolist())
     image.SetOrigin(plane[:3].tolist())
     image.SetSpacing([plane[10], plane[9], 1.0])
-    point = plane[:3] + [12.5, -7.25, 3.0]
+    point = plane[:3] + np.array([12.5, -7.25, 3.0])
     index = image.TransformPhysicalPointToContinuousIndex(point.tolist())
     found, heights = to_pixels(point, plane)
 

@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 import pytest
+import written
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from rich.console import Console
 
-from parallel_dicomseg.cohort import scan_cohort
-from parallel_dicomseg.convert import convert_cohort
-from parallel_dicomseg.errors import LayoutError
-from parallel_dicomseg.records import FLAGS, ConvertOptions, Problem, Reason
+from parallel_dicomseg.deidentify import Policy
+from parallel_dicomseg.errors import ConfigurationError, LayoutError
+from parallel_dicomseg.records import FLAGS, Problem, Reason
 from parallel_dicomseg.report.inspection import (
     Flagged,
     Inspection,
+    SeriesValues,
+    SizeCount,
     SpacingCount,
+    SplitCount,
     Spread,
     StructureSummary,
     ThicknessCount,
@@ -31,6 +34,8 @@ from parallel_dicomseg.report.inspection import (
     inspect_file,
     printable,
     render,
+    render_tag,
+    tag_values,
 )
 
 NAN = float("nan")
@@ -49,12 +54,16 @@ class SmallDataset:
     attributes: dict[str, Any] = field(
         default_factory=lambda: {
             "format": "parallel_dicomseg",
-            "format_version": 1,
+            "format_version": 2,
             "source": "sunnybrook",
             "codec": "deflate",
             "rule": "center",
             "contour_origin": 0.5,
+            "resampled": True,
             "keep_identity": False,
+            "pseudonyms": "keyed-hash",
+            "dates": "shifted",
+            "hashed_paths": True,
         }
     )
     rejected: tuple[Problem, ...] = (
@@ -64,16 +73,37 @@ class SmallDataset:
         Problem("b/c.txt", Reason.BAD_CONTOUR, "line 3 has one number, two are needed"),
     )
     stored_bytes: tuple[int, int] = (1800, 36)
+    samples: int = 1
+    decoders: dict[str, str] = field(
+        default_factory=lambda: {"1.2.840.10008.1.2.4.50": "pylibjpeg 2"}
+    )
 
-    def column(self, name: str) -> NDArray[Any]:
-        """One column of the table."""
+    def columns(self, group: str = "table") -> tuple[str, ...]:
+        """No attribute varies."""
+        return ()
+
+    def series_header(self, series: int) -> dict[str, Any]:
+        """Nothing is known of any series."""
+        return {}
+
+    def column(self, name: str, group: str = "table") -> NDArray[Any]:
+        """One column of the table, of /series or of /volumes."""
         spacing = [[1.5, 1.25]] * 2 + [[NAN, NAN]] * 3 + [[1.0, 2.0]]
         annotated = [[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0]]
         area = np.array([[10, 50, 0], [20, 0, 0], [40, 80, 0], [30, 0, 0], [0, 0, 0], [0, 60, 0]])
         columns: dict[str, Any] = {
             "patient_id": np.array([b"patient-1"] * 4 + [b"patient-2"] * 2),
             "series_index": np.array([0, 0, 1, 1, 2, 2], np.int32),
-            "structure_annotated": np.array(annotated, bool),
+            "structure_annotated": np.array(annotated, bool) | [False, False, True],
+            "outlined": np.array(annotated, bool),
+            "cropped": np.array([[0, 0, 0]] * 4 + [[5, 0, 0], [0, 2, 0]]),
+            "split": np.array([b"train"] * 4 + [b"test"] * 2),
+            "source_pixel_spacing": np.array([[0.7, 0.7]] * 4 + [[0.5, 0.5]] * 2),
+            "source_rows": np.array([20] * 5 + [40]),
+            "source_columns": np.array([30] * 5 + [50]),
+            "modality": np.array([b"MR", b"CT", b"MR"]),
+            "regular": np.array([True, False, True]),
+            "slice_distance": np.array([8.0, np.nan, 10.0]),
             "area": area,
             "area_mm2": area * np.array(spacing).prod(axis=1, keepdims=True),
             "pixel_spacing": np.array(spacing),
@@ -105,25 +135,40 @@ def test_every_number_is_counted_from_the_columns(dataset: SmallDataset) -> None
 
     assert found == Inspection(
         path=str(dataset.path),
-        format_version=1,
+        format_version=2,
         source="sunnybrook",
         slices=6,
-        annotated_slices=5,
+        annotated_slices=6,
+        outlined_slices=5,
         patients=2,
         series=3,
+        volumes=3,
+        irregular_volumes=1,
+        slice_distance=Spread(8, 9, 10),
+        split={"train": SplitCount(1, 4), "test": SplitCount(1, 2)},
         rows=20,
         columns=30,
+        samples=1,
+        modalities={"MR": 2, "CT": 1},
         image_dtype="int16",
         mask_dtype="uint8",
         structures=(
-            StructureSummary("i", 4, Spread(10, 25, 40), Spread(18.75, 28.125, 37.5)),
-            StructureSummary("o", 3, Spread(50, 60, 80), Spread(93.75, 106.875, 120)),
-            StructureSummary("never", 0, None, None),
+            StructureSummary("i", 4, 4, Spread(10, 25, 40), Spread(18.75, 28.125, 37.5)),
+            StructureSummary("o", 3, 3, Spread(50, 60, 80), Spread(93.75, 106.875, 120)),
+            StructureSummary("never", 6, 0, None, None),
         ),
         rule="center",
         contour_origin=0.5,
         codec="deflate",
         keep_identity=False,
+        pseudonyms="keyed-hash",
+        dates="shifted",
+        hashed_paths=True,
+        decoders={"1.2.840.10008.1.2.4.50": "pylibjpeg 2"},
+        resampled=True,
+        cropped_pixels=7,
+        source_pixel_spacings=(SpacingCount(0.7, 0.7, 4), SpacingCount(0.5, 0.5, 2)),
+        source_sizes=(SizeCount(20, 30, 5), SizeCount(40, 50, 1)),
         pixel_spacings=(
             SpacingCount(None, None, 3),
             SpacingCount(1.5, 1.25, 2),
@@ -171,9 +216,9 @@ def test_a_file_without_any_known_value_is_described(dataset: SmallDataset) -> N
     """No spacing, no intensity, no outline, nothing stored: None, and a text all the same."""
 
     class Empty(SmallDataset):
-        def column(self, name: str) -> NDArray[Any]:
-            values = super().column(name)
-            if name == "structure_annotated":
+        def column(self, name: str, group: str = "table") -> NDArray[Any]:
+            values = super().column(name, group)
+            if name in {"structure_annotated", "outlined", "split"}:
                 return np.zeros_like(values)
             return np.full_like(values, NAN) if values.dtype.kind == "f" else values
 
@@ -183,6 +228,7 @@ def test_a_file_without_any_known_value_is_described(dataset: SmallDataset) -> N
     assert found.image_compression is None
     assert found.pixel_spacings == (SpacingCount(None, None, 6),)
     assert [s.area for s in found.structures] == [None] * 3
+    assert (found.slice_distance, found.split) == (None, {})
     assert "rejected: nothing" in printed(found)
 
 
@@ -191,17 +237,24 @@ def test_print_shows_what_is_there(dataset: SmallDataset) -> None:
     text = " ".join(printed(describe(dataset)).split())
 
     for words in (
-        "version 1, from sunnybrook, identity removed",
-        "6 of 20 x 30, 5 annotated",
-        "2 with 3 series",
+        "version 2, from sunnybrook",
+        "removed: keyed hashes, dates shifted, paths hashed",
+        "6 of 20 x 30, 6 annotated, 5 drawn on",
+        "2 with 3 series (MR 2, CT 1)",
+        "3, slices 8 to 10 mm apart, 1 with gaps or without positions",
+        "train 1 (4 slices), test 1 (2 slices)",
+        "was 0.7 x 0.7 mm (4), 0.5 x 0.5 mm (2)",
+        "size was 20 x 30 (5), 40 x 50 (1)",
+        "cropped 7 pixels of masks",
+        "1.2.840.10008.1.2.4.50 by pylibjpeg 2",
         "int16, values -5 to 1200",
         "uint8, rule center, contour origin 0.5",
         "deflate, images 4.0 times smaller, masks 100.0 times smaller",
         "unknown (3), 1.5 x 1.25 mm (2), 1 x 2 mm (1)",
         "8 mm (4), 10 mm (1), unknown (1)",
-        "i 4 pixels 10 25 40 mm2 18.8 28.1 37.5",
-        "o 3 pixels 50 60 80 mm2 93.8 107 120",
-        "never 0 pixels - - - mm2 - - -",
+        "i 4 4 pixels 10 25 40 mm2 18.8 28.1 37.5",
+        "o 3 3 pixels 50 60 80 mm2 93.8 107 120",
+        "never 6 0 pixels - - - mm2 - - -",
         "inner-not-inside-outer 1 1",
         "identical-contours 1, 2 2",
         "rejected: 3",
@@ -225,7 +278,9 @@ def crowded(dataset: SmallDataset) -> Inspection:
         found,
         slices=12_345_678,
         structures=tuple(
-            StructureSummary(f"[red]ROI {'very long name ' * 4}{k}", 1_234_567, areas, areas)
+            StructureSummary(
+                f"[red]ROI {'very long name ' * 4}{k}", 1_234_567, 1_234_567, areas, areas
+            )
             for k in range(3)
         ),
         pixel_spacings=tuple(SpacingCount(0.1 + k / 7, 0.2 + k / 7, 10**k) for k in range(7)),
@@ -259,7 +314,7 @@ def test_print_cuts_nothing_off(dataset: SmallDataset) -> None:
 def test_names_of_any_bytes_are_printed(dataset: SmallDataset) -> None:
     """Bytes that are not UTF-8, line ends and steering codes come out as escapes."""
     odd = "caf\udce9\n\x1b[2J/ü.dcm"
-    structure = StructureSummary("i\x1b", 0, None, None)
+    structure = StructureSummary("i\x1b", 0, 0, None, None)
     found = replace(
         describe(dataset),
         path=odd,
@@ -315,27 +370,98 @@ def test_a_file_that_is_not_ours_is_refused(tmp_path: Path) -> None:
         inspect_file(tmp_path / "missing.h5")
 
 
-def test_the_real_cohort_is_described(shared_data: Path, tmp_path: Path) -> None:
-    """Five patients, 96 slices, three spacings, and the copied outlines are flagged."""
-    path = tmp_path / "real.h5"
-    cohort = scan_cohort(shared_data / "sunnybrook_arterys" / "final_data")
-    convert_cohort(cohort, path, options=ConvertOptions(scheduler="synchronous"))
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten slices of two series, by the writer itself."""
+    path = tmp_path_factory.mktemp("inspection") / "small.h5"
+    written.write(path, headers=written.headers())
+    return path
+
+
+def test_a_written_file_is_described(small: Path) -> None:
+    """Patients, series, volumes and parts of the split as they were written."""
+    found = inspect_file(small)
+
+    assert (found.slices, found.rows, found.columns) == (10, 40, 56)
+    assert (found.patients, found.series, found.volumes) == (2, 2, 3)
+    assert found.irregular_volumes == 1
+    assert found.split == {"train": SplitCount(1, 5), "test": SplitCount(1, 5)}
+    assert found.modalities == {"CT": 1, "MR": 1}
+    assert {s.name: (s.annotated, s.outlined) for s in found.structures} == {
+        "i": (10, 10),
+        "o": (10, 10),
+    }
+    assert found.flagged == {"gap-before-slice": Flagged(1, (9,))}
+    assert found.source_pixel_spacings == found.pixel_spacings == (SpacingCount(1.5, 1.25, 10),)
+    assert found.file_bytes == small.stat().st_size
+    text = " ".join(printed(found).split())
+    assert "removed: running numbers, dates dropped" in text
+    assert "size was" not in text
+
+
+def test_colour_and_kept_identity_are_said(tmp_path: Path) -> None:
+    """Samples count in the size and in the compression."""
+    path = tmp_path / "x.h5"
+    plan = written.layout(samples=3, codec="none")
+    written.write(path, plan=plan, identity=Policy(keep_identity=True))
 
     found = inspect_file(path)
 
-    assert (found.slices, found.rows, found.columns) == (96, 256, 256)
-    assert (found.patients, found.series) == (5, 5)
-    assert {s.name: s.annotated for s in found.structures} == {"i": 96, "o": 46}
-    assert {(s.between_rows, s.slices) for s in found.pixel_spacings} == {
-        (1.367188, 36),
-        (1.2891, 20),
-        (1.3672, 40),
-    }
-    assert {(t.thickness, t.slices) for t in found.slice_thicknesses} == {(10.0, 36), (8.0, 60)}
-    assert found.flagged["identical-contours"].slices == 18
-    assert found.flagged["inner-not-inside-outer"].slices == 9
-    assert found.rejected == ()
-    assert found.file_bytes == path.stat().st_size
-    assert found.image_compression is not None
-    assert 2 < found.image_compression < 4
-    assert "96 of 256 x 256, 96 annotated" in printed(found)
+    assert (found.samples, found.image_compression) == (3, 1.0)
+    text = " ".join(printed(found).split())
+    assert "10 of 40 x 56 x 3 samples" in text
+    assert "identity kept" in text
+
+
+@pytest.mark.parametrize("tag", ["EchoTime", "echotime", "0018,0081", "(0018, 0081)", "00180081"])
+def test_a_tag_is_found_however_it_is_written(small: Path, tag: str) -> None:
+    """Keyword in any case, or number; a series without it says so."""
+    found = tag_values(small, tag)
+
+    assert (found.keyword, found.place) == ("EchoTime", "headers")
+    assert found.series == (
+        SeriesValues(0, "patient-1", "CT", 5, 5, (), 0, None, None),
+        SeriesValues(1, "patient-2", "MR", 5, 0, (("2.5", 5),), 1, 2.5, 2.5),
+    )
+
+
+def test_what_varies_has_a_range(small: Path) -> None:
+    """Each series its own; a person sees the range, a program the values."""
+    found = tag_values(small, "SliceLocation")
+
+    assert [(s.minimum, s.maximum, s.distinct) for s in found.series] == [
+        (0.5, 4.5, 5),
+        (5.5, 9.5, 5),
+    ]
+    assert found.series[0].values[0] == ("0.5", 1)
+    stream = io.StringIO()
+    render_tag(found, Console(file=stream, width=80))
+    assert "5.5 to 9.5, 5 values" in stream.getvalue()
+    assert max(map(len, stream.getvalue().splitlines())) <= 80
+    assert json.loads(json.dumps(asdict(found), allow_nan=False))["keyword"] == "SliceLocation"
+
+
+def test_codes_are_listed_and_columns_of_the_table_are_found(small: Path) -> None:
+    """Values of several parts are one value; geometry and pseudonyms are in the table."""
+    image_type, spacing = tag_values(small, "ImageType"), tag_values(small, "PixelSpacing")
+    instance = tag_values(small, "SOPInstanceUID")
+
+    assert image_type.series[0].values == (("ORIGINAL\\PRIMARY", 5),)
+    assert image_type.series[0].minimum is None
+    assert spacing.place == "table/pixel_spacing"
+    assert spacing.series[1].values == (("1.5\\1.25", 5),)
+    assert (spacing.series[1].minimum, spacing.series[1].maximum) == (1.25, 1.5)
+    assert instance.series[0].values[0] == ("instance-01", 1)
+    stream = io.StringIO()
+    render_tag(instance, Console(file=stream, width=120))
+    assert "1 more" in stream.getvalue()
+
+
+def test_unknown_tags_are_told_with_what_is_there(small: Path) -> None:
+    """A misspelt keyword, and one that no image of the file has."""
+    with pytest.raises(
+        ConfigurationError, match=r"'EchTime' is no DICOM keyword .* is it EchoTime"
+    ):
+        tag_values(small, "EchTime")
+    with pytest.raises(LayoutError, match=r"small\.h5: no image has FlipAngle; .* EchoTime, Image"):
+        tag_values(small, "FlipAngle")

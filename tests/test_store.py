@@ -853,14 +853,14 @@ def test_the_grid_is_in_the_table_and_verifies(tmp_path):
         assert dataset.column("area_mm2")[0, 0] == dataset.column("area")[0, 0] * 6.0
 
 
-def test_a_series_is_a_run_of_one_patient_study_and_uid():
-    """A UID copied into another patient or study is another series; without one, each folder."""
+def test_a_series_is_a_run_of_one_patient_and_uid():
+    """A UID copied into another patient is another series; without one, each folder is."""
     paths = np.array([b"a/1", b"a/2", b"b/1", b"b/2", b"c/1", b"c/2"])
     table = written.slices(
         6,
         path=paths,
         patient_id=np.array([b"p", b"p", b"q", b"q", b"q", b"q"]),
-        study_instance_uid=np.array([b"1", b"1", b"1", b"2", b"2", b"2"]),
+        study_instance_uid=np.array([b"1", b"2", b"1", b"2", b"2", b"2"]),
         series_instance_uid=np.array([b"s", b"s", b"s", b"", b"", b""]),
     )
 

@@ -153,7 +153,7 @@ def test_contours_a_little_off_their_slice_lie_on_it(tmp_path: Path) -> None:
     """Up to a quarter of the slice distance; 0.06 mm was met in real data."""
     phantom = make_rtstruct_series(tmp_path / "phantom", structures={})
     points = [
-        to_patient(ellipse(30, 30, 9.3, 9.3), phantom.planes[k]) + [0, 0, off]
+        to_patient(ellipse(30, 30, 9.3, 9.3), phantom.planes[k]) + np.array([0, 0, off])
         for k, off in ((2, 0.06), (3, -0.74), (4, 0.74), (5, 0.76))
     ]
     near = make_rtstruct_series(

@@ -32,7 +32,9 @@ from parallel_dicomseg.sources.tree import (
 )
 
 NO_ROWS = np.empty(0, np.int64)
-NO_IMAGES = SliceTable(**{field.name: np.empty(0) for field in fields(SliceTable)})
+NO_IMAGES, AN_IMAGE = (
+    SliceTable(**{field.name: np.zeros(count) for field in fields(SliceTable)}) for count in (0, 1)
+)
 
 
 def plant(root: Path, paths: Sequence[str]) -> Path:
@@ -147,10 +149,10 @@ def test_every_file_is_in_one_place(
 # ----------------------------------------------------------------------------------- the sources
 
 
-def find(files: Sequence[ScannedFile], *sources: Endings) -> Found:
+def find(files: Sequence[ScannedFile], *sources: Endings, images: SliceTable = AN_IMAGE) -> Found:
     """What these sources make of the files."""
     by_name = {source.name: source for source in sources}
-    return find_annotations("/data", files, NO_IMAGES, by_name, ScanOptions())
+    return find_annotations("/data", files, images, by_name, ScanOptions())
 
 
 def test_each_source_gets_what_it_recognizes() -> None:
@@ -189,6 +191,18 @@ def test_every_file_that_is_not_used_is_told_why() -> None:
     }
     assert "1.2.840.10008.5.1.4.1.1.88.11" in str(found.problems)
     assert "the source one" in str(found.problems)
+
+
+def test_without_images_annotations_have_none() -> None:
+    """Where nothing could be read no source is asked, and its files are rejected."""
+    files = [ScannedFile("a.x", "", 1), ScannedFile("b.txt", "", 1)]
+    found = find(files, Endings("one", ".x"), images=NO_IMAGES)
+
+    assert found.annotations == ()
+    assert [(problem.path, problem.reason) for problem in found.problems] == [
+        ("a.x", Reason.ANNOTATION_WITHOUT_IMAGES),
+        ("b.txt", Reason.STRAY_FILE),
+    ]
 
 
 def test_files_of_structures_that_nobody_wants_are_told_once() -> None:

@@ -85,10 +85,9 @@ SEQUENCES = (MODALITY_LUT_SEQUENCE, SHARED_GROUPS, PER_FRAME_GROUPS)
 #: keyword -> (tag, VR) of the dictionary.
 ATTRIBUTES = {**DATE_ATTRIBUTES, **ALLOWED_ATTRIBUTES}
 
+_ATTRIBUTE_VRS: dict[int, str] = dict(ATTRIBUTES.values())
 #: tag -> VR of everything that is kept; ascending as in every DICOM file (PS3.5 7.1).
-KEPT: dict[int, str] = dict(
-    sorted({**dict(ATTRIBUTES.values()), **_NEEDED, **dict.fromkeys(SEQUENCES, "SQ")}.items())
-)
+KEPT = dict(sorted((_ATTRIBUTE_VRS | _NEEDED | dict.fromkeys(SEQUENCES, "SQ")).items()))
 TAGS = np.array(list(KEPT), dtype=np.int64)
 #: The column of each tag in what the walks return.
 SLOT = {tag: slot for slot, tag in enumerate(KEPT)}

@@ -32,6 +32,7 @@ from parallel_dicomseg.records import Int64, UInt8
 # How a walk ended: at the pixel data, at something it does not know, at the end of the file.
 PIXELS, UNKNOWN, NO_PIXELS = 0, 1, 2
 
+_ONE = np.uint64(1)
 _UNDEFINED_LENGTH = 0xFFFFFFFF
 _WINDOW_BYTES = 8192
 # What may be looked at beyond the bytes that a window holds: the head of one element.
@@ -89,7 +90,9 @@ def walk_files(root: str, paths: Sequence[str]) -> Walked:
 
 @kernel
 def _u2(raw: UInt8, at: int) -> int:
-    return int(np.int64(raw[at]) | np.int64(raw[at + 1]) << 8)
+    # an unsigned index spares the test for one that counts from the end
+    first = np.uint64(at)
+    return int(np.int64(raw[first]) | np.int64(raw[first + _ONE]) << 8)
 
 
 @kernel
@@ -178,8 +181,9 @@ def _keep_value(
     Mostly it lies in the window; where not, it is read from the file.
     """
     if start + length <= base + held:
-        for k in range(length):
-            raw[filled + k] = window[start - base + k]
+        source, target = np.uint64(start - base), np.uint64(filled)
+        for k in range(np.uint64(length)):
+            raw[target + k] = window[source + k]
     elif read_at(fd, raw[filled : filled + length], length, start) != length:
         return -1
     span[0] = filled

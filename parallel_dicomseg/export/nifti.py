@@ -45,8 +45,9 @@ SUFFIX = ".nii.gz"
 _TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
 # NIFTI_XFORM_SCANNER_ANAT: the scanner's coordinates; NIFTI_XFORM_ALIGNED_ANAT: some others.
 _SCANNER, _ALIGNED = 1, 2
-# A qform may be off by this fraction of a pixel at the volume's far corner.
-_QFORM_TOLERANCE = 0.01
+# A qform, whose axes are perpendicular, may be off by this part of a pixel at the far corner:
+# cosines in real headers are rounded.
+_QFORM_TOLERANCE = 0.1
 _RGB = np.dtype([("R", "u1"), ("G", "u1"), ("B", "u1")])
 
 
@@ -206,24 +207,31 @@ def refuse_bad_geometry(volumes: Sequence[StoredVolume]) -> None:
 def volume_notes(volume: StoredVolume) -> list[Note]:
     """What a NIfTI file cannot say about the geometry of a volume."""
     notes = geometry_notes(volume)
-    affine = volume.placement.affine
-    if volume.placement.is_known and _qform_error(affine, len(volume.rows)) > _QFORM_TOLERANCE:
-        across = affine[:3, 2] / np.linalg.norm(affine[:3, 2])
-        normal = np.cross(affine[:3, 0], affine[:3, 1])
-        cosine = float(normal @ across / np.linalg.norm(normal))
-        tilt = np.degrees(np.arccos(min(cosine, 1.0)))
-        detail = f"slices are stacked {tilt:.3g} degrees off their normal: sform only, no qform"
+    if _is_sheared(volume.placement, volume.size):
+        detail = (
+            f"its axes are {_largest_shear(volume.placement.affine):.3g} degrees off the "
+            "perpendicular: sform only, no qform"
+        )
         notes.append(Note(volume.case, NoteKind.SHEARED, detail))
     return notes
 
 
-def _qform_error(affine: Float64, slices: int) -> float:
-    """How far the nearest affine without shear is off at the far corner, in pixels."""
-    steps = np.linalg.norm(affine[:3, :3], axis=0)
-    left, _, right = np.linalg.svd(affine[:3, :3] / steps)
-    corner = np.array([1000.0, 1000.0, slices - 1.0])
-    off = ((left @ right) * steps - affine[:3, :3]) @ corner
-    return float(np.linalg.norm(off) / steps[:2].min())
+def _is_sheared(placement: Placement, size: tuple[int, int, int]) -> bool:
+    """Whether a qform, the nearest affine without shear, would be off at the far corner."""
+    if not placement.is_known:
+        return False
+    axes = placement.affine[:3, :3]
+    steps = np.linalg.norm(axes, axis=0)
+    left, _, right = np.linalg.svd(axes / steps)
+    off = ((left @ right) * steps - axes) @ (np.array(size) - 1)
+    return bool(np.linalg.norm(off) > _QFORM_TOLERANCE * steps[:2].min())
+
+
+def _largest_shear(affine: Float64) -> float:
+    """The largest angle by which two axes are not perpendicular, degrees."""
+    axes = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    cosines = np.abs(axes.T @ axes)[np.triu_indices(3, 1)]
+    return float(np.degrees(np.arcsin(cosines.max())))
 
 
 def save_nifti(volume: NDArray[Any], placement: Placement, path: Path) -> None:
@@ -231,7 +239,7 @@ def save_nifti(volume: NDArray[Any], placement: Placement, path: Path) -> None:
     nib: Any = importlib.import_module("nibabel")  # its types are incomplete
     affine = _TO_RAS @ placement.affine if placement.is_known else placement.affine
     image = nib.Nifti1Image(_nifti_axes(volume), affine)
-    sheared = placement.is_known and _qform_error(placement.affine, len(volume)) > _QFORM_TOLERANCE
+    sheared = _is_sheared(placement, (volume.shape[2], volume.shape[1], len(volume)))
     code = _SCANNER if placement.is_known else _ALIGNED
     image.set_sform(affine, code)
     image.set_qform(affine, 0 if sheared else code)

@@ -130,7 +130,7 @@ def export_nnunet(
         labels = make_labels(dataset, sorted_out, bits, overlap, incomplete)
         job = _Job(dataset, folder, bits, labels)
         cases: list[ExportedCase] = []
-        notes = [*selected.notes, *sorted_out.notes]
+        notes = [*selected.notes, *sorted_out.notes, *_undrawn_notes(dataset, bits, labels)]
         for done, volume in enumerate(sorted_out.every, 1):
             case, found = job.write(volume, has_labels=volume in sorted_out.labelled)
             cases.append(case)
@@ -271,10 +271,19 @@ class Labels:
 def make_labels(
     dataset: Dataset, volumes: SortedOut, bits: Sequence[int], overlap: str, incomplete: str
 ) -> Labels:
-    """Number the structures, or with 'regions' the combinations of them that occur."""
+    """Number the structures, or with 'regions' the combinations of them that occur.
+
+    Raises
+    ------
+    ConfigurationError
+        There are to be regions, and no voxel is in any structure.
+    """
     names = [dataset.structures[s] for s in bits]
     if overlap == "regions":
-        labels = regions_of(count_combinations(dataset, volumes.labelled, bits), bits, names)
+        counts = count_combinations(dataset, volumes.labelled, bits)
+        if not counts:
+            raise ConfigurationError("no voxel is in any structure: there are no regions to train")
+        labels = regions_of(counts, bits, names)
         largest = len(labels.combinations) - 1
     else:
         values = {"background": 0} | {name: label for label, name in enumerate(names, 1)}
@@ -320,6 +329,14 @@ def regions_of(counts: Counter[int], bits: Sequence[int], names: Sequence[str]) 
         class_order=tuple(label[c] for c in smallest),
         ignore=0,
     )
+
+
+def _undrawn_notes(dataset: Dataset, bits: Sequence[int], labels: Labels) -> list[Note]:
+    """Structures that are no region, because no voxel is in them."""
+    names = [dataset.structures[s] for s in bits]
+    undrawn = [name for name in names if name not in labels.values]
+    detail = "{!r} has no voxel in any of the volumes: it is no region"
+    return [Note("", NoteKind.LEFT_OUT, detail.format(name)) for name in undrawn]
 
 
 def number_voxels(

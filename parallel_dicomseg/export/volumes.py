@@ -83,6 +83,8 @@ class StoredVolume:
     """'train', 'validation' or 'test'; '' without a split."""
     rows: Int64
     """(k,) rows of the file, by position along the normal."""
+    size: tuple[int, int, int]
+    """Columns, rows and slices of its grid."""
     placement: Placement
     annotated: NDArray[np.bool_]
     """(k, s) whether somebody looked for the structure on the slice."""
@@ -123,6 +125,7 @@ class _Table:
         self._thickness = dataset.column("slice_thickness")
         parts = ("image_position_patient", "image_orientation_patient", "pixel_spacing")
         self._planes = np.concatenate([dataset.column(name) for name in parts], axis=1)
+        self._shape = dataset.images.shape
 
     def volume(self, number: int, text: str, rows: Int64) -> StoredVolume:
         """The volume that consists of these rows of the file."""
@@ -136,14 +139,21 @@ class _Table:
             modality=self._modality[self._series_index[first]].decode(),
             split=self._split[first].decode(),
             rows=rows,
+            size=(self._shape[2], self._shape[1], len(rows)),
             placement=place(self._planes[rows], float(self._thickness[first])),
             annotated=self._annotated[rows],
         )
 
 
+def is_known(planes: Float64) -> bool:
+    """Whether planes (k, 11) all have a position, an orientation and a spacing that span one."""
+    spanning = np.isfinite(normal_of(planes[:, 3:9])).all() and (planes[:, 9:] > 0).all()
+    return bool(np.isfinite(planes).all() and spanning)
+
+
 def order_of(planes: Float64) -> Int64:
     """(k,) the order by position along the normal; as they are where a position is unknown."""
-    if not np.isfinite(planes).all():
+    if not is_known(planes):
         return np.arange(len(planes))
     return np.argsort(planes[:, :3] @ normal_of(planes[0, 3:9]), kind="stable")
 
@@ -153,7 +163,7 @@ def place(planes: Float64, slice_thickness: float) -> Placement:
 
     The step between slices is the mean one; a single slice is as thick as it says, or 1 mm.
     """
-    if not np.isfinite(planes).all():
+    if not is_known(planes):
         return Placement(np.eye(4), False, 0.0, (1.0, 1.0))
     normal = normal_of(planes[0, 3:9])
     distances = np.diff(planes[:, :3] @ normal)

@@ -172,16 +172,16 @@ def _without_place(reading: Reading, match: Match | None) -> Flaw | None:
 
 def _oddities(counts: Counts) -> Iterator[Flaw]:
     """What is worth a line though it costs nothing, and what cannot be used."""
-    without_area = counts.marks + counts.non_nodules
     odd = {
-        "open, closed here": counts.unclosed,
+        "marks": counts.marks,
+        "non-nodules": counts.non_nodules,
+        "open outlines, closed here": counts.unclosed,
         "points twice in a row": counts.repeated_points,
         "jumps over more than a pixel, filled in here": counts.jumps,
     }
-    if without_area or any(odd.values()):
-        parts = [f"{counts.marks} marks and {counts.non_nodules} non-nodules have no area"]
-        parts += [f"{number} {what}" for what, number in odd.items() if number]
-        yield Reason.NO_AREA, f"{'; '.join(parts)} ({counts.outlines} outlines)"
+    if any(odd.values()):
+        parts = "; ".join(f"{number} {what}" for what, number in odd.items() if number)
+        yield Reason.NO_AREA, f"{parts}; {counts.outlines} outlines are used"
     if counts.unusable:
         detail = f"{counts.unusable} regions without whole coordinates up to {_MAX_COORDINATE}"
         yield Reason.BAD_CONTOUR, f"{detail} or without inclusion"
@@ -243,7 +243,7 @@ def _match(reading: Reading, path: str, index: ImageIndex, images: SliceTable) -
     if not reading.planes:
         # nobody found anything, which is worth to know of a series that the file names
         return Match(tuple(index.volumes[k] for k in own), "reference", 0) if own else None
-    referred = [_referred(plane, index) for plane in reading.planes]
+    referred = np.array([_referred(plane, index) for plane in reading.planes], np.int64)
     match = find_volumes(
         index,
         _points(reading, referred, images),
@@ -255,9 +255,9 @@ def _match(reading: Reading, path: str, index: ImageIndex, images: SliceTable) -
         ),
         sop_instance_uids=[uid for uid, _ in reading.planes],
         # z alone says where an axial slice is, and no other
-        normal=None if max(referred) >= 0 else _AXIAL,
+        normal=None if (referred >= 0).any() else _AXIAL,
     )
-    if match and match.found_by == "reference" and not own and max(referred) < 0:
+    if match and match.found_by == "reference" and not own and (referred < 0).all():
         return replace(match, found_by="geometry")
     return match
 
@@ -275,13 +275,13 @@ def _referred(plane: Plane, index: ImageIndex) -> int:
     return next((row for row in rows if row in index.volume_of_row), -1)
 
 
-def _points(reading: Reading, referred: Sequence[int], images: SliceTable) -> Float64:
+def _points(reading: Reading, referred: Int64, images: SliceTable) -> Float64:
     """(k, 3) mm: a point of each plane, which is the first pixel of the image that it refers to,
     moved to the z that the file says; NaN where it does not say any.
     """
-    known = np.array([row >= 0 for row in referred])
-    points = np.where(known[:, None], images.image_position_patient[list(referred)], 0.0)
-    z = np.array([z for _, z in reading.planes])
+    known = referred >= 0
+    points = np.where(known[:, None], images.image_position_patient[referred], 0.0)
+    z = np.array([z for _, z in reading.planes], np.float64)
     points[:, 2] = np.where(known & np.isnan(z), points[:, 2], z)
     return points
 
@@ -289,7 +289,11 @@ def _points(reading: Reading, referred: Sequence[int], images: SliceTable) -> Fl
 def _place_planes(reading: Reading, match: Match, index: ImageIndex, images: SliceTable) -> _Place:
     """The image of each plane: the one that it refers to, which must be at the z that it says."""
     referred = np.array([_referred(plane, index) for plane in reading.planes], np.int64)
-    row = match.on_slices(_points(reading, referred.tolist(), images))
+    points = _points(reading, referred, images)
+    row = match.on_slices(points)
+    for volume in match.volumes:
+        # of several images in one plane the one that is meant
+        row = np.where((referred >= 0) & (volume.on_slices(points) == referred), referred, row)
     drawn = np.isin(np.arange(len(row)), _planes(reading.regions))
     elsewhere = drawn & (referred >= 0) & (row != referred)
     off = drawn & ~elsewhere & (row < 0)

@@ -342,6 +342,8 @@ def _rois(
         text = str(item.get("ROIName") or "").strip(" \0")
         names[number] = text or f"ROI {number.decode('ascii', 'replace')}"
         frames[number] = _bytes(item, _REFERENCED_FRAME_OF_REFERENCE_UID)
+    if not names:
+        problems.append((Reason.MISSING_TAG, "StructureSetROISequence (3006,0020) lists no ROI"))
     if twice:
         detail = f"{len(twice)} ROINumber(s) stand for more than one ROI, which are left out"
         problems.append((Reason.DUPLICATE, detail))
@@ -771,9 +773,7 @@ def read(
     failed = {k: (Reason.BAD_CONTOUR, text) for k, text in errors.items()} | failed
     plane = np.array(annotations.plane, np.int64)
     points = _pixels(points_patient, offsets, plane, slices)
-    # NaN compares false: it would come from a plane that is none
-    far = np.flatnonzero(~(np.abs(points) <= MAX_COORDINATE).all(axis=1))
-    for k in np.unique(np.searchsorted(offsets, far, side="right") - 1).tolist():
+    for k in _far_rings(points, offsets):
         failed[k] = (Reason.BAD_CONTOUR, f"beyond any image (limit {MAX_COORDINATE:.0f} pixels)")
     drawn = Contours(
         points_column_row=points,
@@ -782,8 +782,10 @@ def read(
         structure=np.array(annotations.structure, np.int32),
         layer=np.array(annotations.layer, np.int32),
     )
+    if failed:
+        drawn = drawn.take(np.array([k not in failed for k in range(len(drawn))], np.bool_))
     return Drawn(
-        contours=drawn.take(np.array([k not in failed for k in range(len(drawn))], np.bool_)),
+        contours=drawn,
         bitmaps=(),
         digest=np.array(
             [_digest(part) if k not in failed else 0 for k, part in enumerate(parts)], np.uint64
@@ -800,6 +802,16 @@ def _pixels(points_patient: Float64, offsets: Int64, plane: Int64, slices: Slice
     for k, (begin, end) in zip(planes.tolist(), pairwise(ends), strict=True):
         points[begin:end], _ = to_pixels(points_patient[begin:end], slices.plane_geometry[k])
     return points
+
+
+def _far_rings(points_column_row: Float64, offsets: Int64) -> list[int]:
+    """Rings with a point that no image has, or none at all because its plane is none."""
+    if np.abs(points_column_row).max(initial=0.0) <= MAX_COORDINATE:
+        return []
+    # NaN compares false
+    far = np.flatnonzero(~(np.abs(points_column_row) <= MAX_COORDINATE).all(axis=1))
+    rings: list[int] = np.unique(np.searchsorted(offsets, far, side="right") - 1).tolist()
+    return rings
 
 
 def _digest(raw: bytes) -> int:

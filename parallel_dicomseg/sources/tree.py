@@ -98,7 +98,8 @@ def find_annotations(
     files : Sequence[ScannedFile]
         Everything that is no image.
     images : SliceTable
-        Sorted by volume and position, their `volume` assigned.
+        Sorted by volume and position, their `volume` assigned. Where there are none, no source is
+        asked.
     sources : Mapping[str, Source]
         Those to ask, by name.
     options : ScanOptions
@@ -113,20 +114,25 @@ def find_annotations(
     recognized: dict[str, str] = {}
     for name, source in sources.items():
         mine = sorted((file for file in files if source.recognizes(file)), key=lambda f: f.path)
-        if mine:
+        recognized |= {file.path: name for file in mine}
+        if mine and len(images):
             found = source.find(root, mine, images, options)
             annotations += found.annotations
             problems += found.problems
-            recognized |= {file.path: name for file in mine}
     told = {problem.path for problem in problems} | {one.path for one in annotations}
     problems += [
-        _unused(file, recognized.get(file.path)) for file in files if file.path not in told
+        _unused(file, recognized.get(file.path), len(images))
+        for file in files
+        if file.path not in told
     ]
     return Found(tuple(annotations), tuple(problems))
 
 
-def _unused(file: ScannedFile, source: str | None) -> Problem:
+def _unused(file: ScannedFile, source: str | None, images: int) -> Problem:
     """Why nothing of a file is used, though nothing is wrong with it."""
+    if source is not None and not images:
+        detail = f"for the source {source}, but no image could be read"
+        return Problem(file.path, Reason.ANNOTATION_WITHOUT_IMAGES, detail)
     if source is not None:
         return stray(file.path, f"holds nothing that the source {source} can use")
     if file.sop_class_uid:

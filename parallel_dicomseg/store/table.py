@@ -114,13 +114,11 @@ def _flags_of_the_whole(slices: SliceTable, measured: Measured) -> NDArray[np.ui
 
 
 def series_index(slices: SliceTable) -> Int32:
-    """(n,) which series of the file, from 0: runs of one patient, study and series UID.
+    """(n,) which series of the file, from 0: runs of one patient and series UID.
 
     A UID may be copied into two patients, or missing: then each folder is a series.
     """
-    starts = _changes(slices.patient_id)
-    for column in (slices.study_instance_uid, slices.series_instance_uid):
-        starts |= _changes(column)
+    starts = _changes(slices.patient_id) | _changes(slices.series_instance_uid)
     nameless = np.flatnonzero(slices.series_instance_uid == b"")
     if len(nameless):
         folder = np.char.rpartition(slices.path[nameless], b"/")[:, 0]
