@@ -85,7 +85,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     emit = emitter("decode", _COLUMNS, as_json=arguments.json, name_width=36, width=14)
-    size, count, rounds = (64, 4, 1) if arguments.quick else (512, 64, arguments.rounds)
+    size, count, rounds = (64, 4, 1) if arguments.quick else (512, 32, arguments.rounds)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for uid in ENCODERS:

@@ -142,23 +142,29 @@ def serve(contestant: Contestant, what: str, images: Path, rtstruct: Path, scrat
         _timed(contestant, what, images, rtstruct, scratch)
     print(json.dumps({"ready": True}), file=say, flush=True)
     for _ in sys.stdin:
-        seconds = _timed(contestant, what, images, rtstruct, scratch)
-        print(json.dumps({"seconds": seconds, "peak_mib": peak_mib()}), file=say, flush=True)
+        turn = _timed(contestant, what, images, rtstruct, scratch)
+        print(json.dumps({**turn, "peak_mib": peak_mib()}), file=say, flush=True)
 
 
-def _timed(contestant: Contestant, what: str, images: Path, rtstruct: Path, scratch: Path) -> float:
+def _timed(
+    contestant: Contestant, what: str, images: Path, rtstruct: Path, scratch: Path
+) -> dict[str, float]:
+    """Seconds of one round, and those of the processor in all threads."""
     output = scratch / "output"
     output.mkdir()
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     if what == "masks":
         for _, mask in contestant.masks(images, rtstruct):
             assert mask.ndim == 3
             del mask  # nobody has to hold two of them
     else:
         contestant.file(images, rtstruct, output)
-    seconds = time.perf_counter() - start
+    turn = {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - cpu,
+    }
     shutil.rmtree(output)
-    return seconds
+    return turn
 
 
 def peak_mib() -> float:

@@ -178,6 +178,7 @@ class Child:
     def __init__(self, command: Sequence[str], scratch: Path) -> None:
         self.masks_file = scratch / "masks.npz"
         self.seconds: list[float] = []
+        self.cpu_seconds: list[float] = []
         self.peak_mib = float("nan")
         self._log = (scratch / "log.txt").open("w")
         self._process = subprocess.Popen(
@@ -199,6 +200,7 @@ class Child:
         print(file=self._process.stdin, flush=True)
         said: dict[str, float] = json.loads(self._process.stdout.readline())
         self.seconds.append(said["seconds"])
+        self.cpu_seconds.append(said["cpu_seconds"])
         self.peak_mib = said["peak_mib"]
 
     def close(self) -> None:
@@ -213,14 +215,15 @@ class Child:
         return lines[-1] if lines else "it said nothing"
 
 
-def compare(case: Case, folder: Path, python: str, rounds: int, emit: Emit) -> None:
+def compare(
+    case: Case, folder: Path, python: str, peers: Sequence[str], rounds: int, emit: Emit
+) -> None:
     """Let everybody work on one case in turns, first for masks, then for files."""
     images, rtstruct = write_case(case, folder)
-    names = [OURS, *(PEERS if python else ())]
     for what in WHAT:
         with ExitStack() as ended:
             children: dict[str, Child] = {}
-            for name in names:
+            for name in (OURS, *peers):
                 scratch = folder / f"{name} {what}"
                 scratch.mkdir()
                 program = [sys.executable, str(HERE), "--child"]
@@ -250,6 +253,7 @@ def compared(case: Case, what: str, name: str, child: Child, ours: Child) -> dic
         "contestant": name,
         "median_seconds": seconds,
         "seconds": child.seconds,
+        "cpu_seconds": statistics.median(child.cpu_seconds),
         "times_ours": seconds / statistics.median(ours.seconds),
         "goal": GOALS[what],
         "peak_mib": child.peak_mib,
@@ -282,6 +286,7 @@ def _ones(packed: NDArray[np.uint8]) -> int:
 
 _COMMON = (
     ("seconds", "{median_seconds:.3f}"),
+    ("CPU seconds", "{cpu_seconds:.3f}"),
     ("times ours", "{times_ours:.1f}"),
     ("goal", "{goal}"),
     ("peak MiB", "{peak_mib:.0f}"),
@@ -301,6 +306,7 @@ def parse() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--peers", default="", help="a Python that has the peers")
+    parser.add_argument("--only", nargs="+", choices=PEERS, help="these peers alone")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant [5]")
     parser.add_argument("--quick", action="store_true", help="one round of a small case")
     parser.add_argument("--directory", help="where cases and outputs go [memory]")
@@ -323,10 +329,12 @@ def main() -> None:
     place = arguments.directory or (
         str(MEMORY_FILE_SYSTEM) if MEMORY_FILE_SYSTEM.is_dir() else tempfile.gettempdir()
     )
-    emit = emitter("rtstruct", _COLUMNS, as_json=arguments.json, name_width=46, width=18)
+    peers = (arguments.only or list(PEERS)) if python else []
+    rounds = 1 if arguments.quick else arguments.rounds
+    emit = emitter("rtstruct", _COLUMNS, as_json=arguments.json, name_width=46, width=17)
     for case in cases(quick=arguments.quick):
         with tempfile.TemporaryDirectory(dir=place) as folder:
-            compare(case, Path(folder), python, 1 if arguments.quick else arguments.rounds, emit)
+            compare(case, Path(folder), python, peers, rounds, emit)
 
 
 if __name__ == "__main__":

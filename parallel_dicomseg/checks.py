@@ -55,6 +55,7 @@ def measure(
     cropped: Int64,
     elliptic: Bool,
     bitmaps: Int64,
+    looked_at: Bool,
     nested: tuple[tuple[int, int], ...],
     checks: Checks,
 ) -> Measured:
@@ -78,6 +79,8 @@ def measure(
         Which rings are of organs that should be nearly elliptic.
     bitmaps : (k, 2) int64
         Slice and structure of what was not drawn as rings: it may have any number of pieces.
+    looked_at : (n, s) bool
+        Where a structure without outline is absent, and not merely not annotated.
     nested : pairs (inner, outer) of structures
     checks : Checks
         The thresholds.
@@ -85,8 +88,8 @@ def measure(
     shape = contour_digest.shape
     ring_count = count_rings(contours, shape)
     ring_count[bitmaps[:, 0], bitmaps[:, 1]] = np.iinfo(np.int32).max
-    annotated = ring_count > 0
-    area, components, outside = measure_masks(masks, annotated, nested)
+    drawn = ring_count > 0
+    area, components, outside = measure_masks(masks, drawn, nested)
     rounds = contours if elliptic.all() else contours.take(elliptic)
     residual = worst_rings(rounds, ellipse_residuals(rounds), shape)
     flags = raise_flags(
@@ -102,7 +105,8 @@ def measure(
         checks=checks,
     )
     return Measured(
-        annotated=annotated,
+        annotated=drawn | looked_at,
+        outlined=drawn,
         area=area,
         components=components,
         outside=outside,

@@ -266,12 +266,14 @@ Example:
     metavar="DIR",
     help="Also write what was found into tables (CSV) that may be edited and converted.",
 )
+@click.option("--overwrite", is_flag=True, help="Replace the tables of an earlier --save.")
 @setting_options("scan")
 @config_options
 @json_option
 def scan(
     data_directory: str | None,
     save: str | None,
+    overwrite: bool,
     config: str | None,
     show_config: bool,
     as_json: bool,
@@ -294,7 +296,7 @@ def scan(
     if save:
         from parallel_dicomseg.saved import save_scan
 
-        save_scan(cohort, save)
+        save_scan(cohort, save, overwrite=overwrite)
         click.echo(f"tables with names and UIDs in {save}, readable by you alone", err=True)
     inventory = take_inventory(cohort)
     if as_json:
@@ -381,7 +383,7 @@ def inspect(file: str, tags: tuple[str, ...], as_json: bool) -> None:
     from parallel_dicomseg.report.inspection import (
         inspect_file,
         render,
-        render_tag_values,
+        render_tag,
         tag_values,
     )
 
@@ -391,7 +393,7 @@ def inspect(file: str, tags: tuple[str, ...], as_json: bool) -> None:
             print_json(found)
         else:
             for values in found:
-                render_tag_values(values, Console())
+                render_tag(values, Console())
         return
     inspection = inspect_file(file)
     if as_json:

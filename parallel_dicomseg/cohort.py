@@ -39,7 +39,7 @@ from parallel_dicomseg.sources.base import (
 from parallel_dicomseg.sources.registry import SOURCES
 from parallel_dicomseg.sources.tree import find_annotations, list_tree, unchosen_files
 from parallel_dicomseg.split import split_patients
-from parallel_dicomseg.structures import annotation_table, choose, read_aliases
+from parallel_dicomseg.structures import Chosen, annotation_table, choose, read_aliases
 from parallel_dicomseg.volumes import order_volumes
 
 #: How many problems are named where nothing is left to convert.
@@ -80,6 +80,8 @@ class _Selected:
     annotated: NDArray[np.uint64]
     """(n,) bit s: somebody looked for structure s."""
     taken: list[Annotation]
+    spelled: dict[str, tuple[str, ...]]
+    unmatched: dict[str, int]
     found_by: dict[str, int]
     everything: bool
     """Whether all structures were asked for."""
@@ -144,10 +146,9 @@ def scan_cohort(
     selected = _select(annotations, len(images.table), options)
     keep = _kept(selected, images, options)
     problems = {
-        *_about_chosen((*files.problems, *numbered.problems), selected),
+        *_about_chosen((*files.problems, *numbered.problems, *drawn.problems), selected),
         *scanned.problems,
         *hygiene,
-        *drawn.problems,
         *selected.problems,
         *_without_annotation(images, keep),
     }
@@ -164,6 +165,8 @@ def scan_cohort(
         slices=_split(slices, table, options),
         annotations=table,
         headers={name: column.take(keep) for name, column in images.headers.items()},
+        spelled=selected.spelled,
+        unmatched=selected.unmatched,
         found_by=selected.found_by,
         problems=tuple(sorted(problems, key=lambda p: (p.path, p.reason, p.detail))),
     )
@@ -354,9 +357,20 @@ def _select(annotations: Sequence[Annotation], images: int, options: ScanOptions
         annotated=annotated,
         taken=taken,
         found_by=dict(Counter(one.found_by for one in taken if len(one.slice)).most_common()),
+        spelled=_spelled(annotations, chosen),
+        unmatched=chosen.unmatched,
         everything=not (options.structures or options.aliases),
         problems=chosen.problems,
     )
+
+
+def _spelled(annotations: Sequence[Annotation], chosen: Chosen) -> dict[str, tuple[str, ...]]:
+    """What the files call each structure."""
+    names: dict[str, set[str]] = {name: set() for name in chosen.names}
+    pairs = zip(chosen.annotation.tolist(), chosen.structure.tolist(), strict=True)
+    for annotation, structure in pairs:
+        names[chosen.names[structure]].add(annotations[annotation].name)
+    return {name: tuple(sorted(called)) for name, called in names.items()}
 
 
 def _is_numbered(annotation: Annotation) -> bool:
@@ -371,11 +385,16 @@ def _kept(selected: _Selected, images: _Images, options: ScanOptions) -> NDArray
 
 
 def _about_chosen(problems: Sequence[Problem], selected: _Selected) -> list[Problem]:
-    """Without those about contour files of structures that nobody asked for."""
+    """Without those about structures that nobody asked for."""
     if selected.everything:
         return list(problems)
-    wanted = {None, *(one.name for one in selected.taken if _is_numbered(one))}
-    return [one for one in problems if sunnybrook.structure_of(one.path) in wanted]
+    wanted = {None, "", *(one.name for one in selected.taken)}
+    numbered = {None, *(one.name for one in selected.taken if _is_numbered(one))}
+    return [
+        one
+        for one in problems
+        if one.structure in wanted and sunnybrook.structure_of(one.path) in numbered
+    ]
 
 
 def _unchosen_files(

@@ -33,7 +33,8 @@ TABLES: dict[str, type] = {"scan": ScanOptions, "convert": ConvertOptions}
 SCHEDULERS = ("synchronous", "threads", "processes", "distributed")
 
 _HELP = {
-    "scan.source": "Where the outlines come from; 'auto' looks at the folder.",
+    "scan.source": "Where annotations come from: auto, sunnybrook, dicom, rtstruct, seg, lidc, or"
+    " an installed source's name.",
     "scan.structures": "Structures to convert, in bit order (i,o or repeated): names, new=old,"
     " /regular expression/; none: all.",
     "scan.include_unannotated": "Also take images without any annotation, with empty masks.",
@@ -82,7 +83,6 @@ _HELP = {
 }
 
 _CHOICES: dict[str, tuple[str | float, ...]] = {
-    "scan.source": ("auto", "sunnybrook", "dicom"),
     "scan.several": ("merge", "first", "separate"),
     "scan.readers": ("each", "consensus"),
     "convert.fit": ("center", "structure"),

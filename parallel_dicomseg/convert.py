@@ -92,11 +92,12 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
         cropped=drawing.cropped,
         elliptic=drawing.elliptic,
         bitmaps=drawing.bitmaps,
+        looked_at=drawing.looked_at,
         nested=layout.nested,
         checks=layout.checks,
     )
     if not layout.include_unannotated:
-        good &= measured.annotated.any(axis=1) | (np.array(task.slices.annotated, np.uint64) > 0)
+        good &= measured.annotated.any(axis=1)
     image_bytes, image_sizes = encode(images, layout.codec, good, _room("image room", images))
     mask_bytes, mask_sizes = encode(masks, layout.codec, good, _room("mask room", masks))
     return EncodedChunk(
@@ -230,11 +231,12 @@ def convert_cohort(
         centers = structure_centers(cohort, options.contour_origin)
     plan = make_plan(cohort, options, workers, centers)
     slices = plan.cohort.slices
-    problems = conceal_paths((*cohort.problems, *plan.problems), slices.path, identity)
-    _stop_if_strict(problems, options)
+    if options.strict:
+        _stop_if_strict(conceal_paths((*cohort.problems, *plan.problems), slices.path, identity))
     with open_writer(output, plan, identity, overwrite=options.overwrite) as writer:
         for chunk in run(plan, options, workers):
-            _stop_if_strict(conceal_paths(chunk.problems, slices.path, identity), options)
+            if options.strict:
+                _stop_if_strict(conceal_paths(chunk.problems, slices.path, identity))
             writer.put(chunk)
             if progress:
                 progress(Progress("convert", writer.slices_seen, plan.layout.slices))
@@ -313,10 +315,9 @@ def check_output(output: Path, options: ConvertOptions) -> None:
         check_mirror(mirror, overwrite=options.overwrite)
 
 
-def _stop_if_strict(problems: tuple[Problem, ...], options: ConvertOptions) -> None:
-    rejections = [problem for problem in problems if problem.is_rejection]
-    if options.strict and rejections:
-        first = rejections[0]
+def _stop_if_strict(problems: tuple[Problem, ...]) -> None:
+    first = next((problem for problem in problems if problem.is_rejection), None)
+    if first:
         raise ConversionError(f"{first.path}: {first.detail} ({first.reason}); stopped by strict")
 
 

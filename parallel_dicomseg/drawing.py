@@ -14,6 +14,7 @@ from parallel_dicomseg.overlap import resolve_overlaps
 from parallel_dicomseg.plan import annotation_refs, slice_refs
 from parallel_dicomseg.rasterize import rasterize_batch
 from parallel_dicomseg.records import (
+    HARMLESS_REASONS,
     AnnotationRefs,
     Bitmap,
     ChunkTask,
@@ -50,6 +51,9 @@ class Drawing:
     """(n, s) of what was read; 0 without an annotation."""
     cropped: Int64
     """(n, s) pixels of the mask that lie in the source image but off the stored one."""
+    looked_at: NDArray[np.bool_]
+    """(n, s) whether the structure was looked for on the slice, and what was found could be
+    read."""
     problems: tuple[Problem, ...]
 
 
@@ -82,6 +86,7 @@ def draw_masks(task: ChunkTask, masks: NDArray[Any]) -> Drawing:
         bitmaps=np.array(places, np.int64).reshape(-1, 2),
         digest=_digests(parts, len(slices), structures),
         cropped=cropped,
+        looked_at=_looked_at(parts, slices, structures),
         problems=(
             *(problem for _, refs, read in parts for problem in _problems(refs, read)),
             *_overlap_problems(task, overlapping),
@@ -151,14 +156,7 @@ def _points(read: Drawn) -> Iterator[tuple[int, Float64]]:
 def _joined(parts: list[tuple[str, Contours]]) -> tuple[Contours, NDArray[np.bool_]]:
     """The rings of all sources in the order of the rasterizer, and which should be ellipses."""
     if not parts:
-        nothing = Contours(
-            points_column_row=np.empty((0, 2)),
-            offsets=np.zeros(1, np.int64),
-            plane=np.empty(0, np.int64),
-            structure=np.empty(0, np.int32),
-            layer=np.empty(0, np.int32),
-        )
-        return nothing, np.empty(0, bool)
+        return Contours.empty(), np.empty(0, bool)
     elliptic = np.concatenate([np.full(len(rings), kind in _ELLIPTIC) for kind, rings in parts])
     if len(parts) == 1:
         return parts[0][1], elliptic
@@ -277,6 +275,18 @@ def _digests(
         place = (np.array(refs.plane), np.array(refs.structure))
         np.add.at(digest, place, read.digest)
     return digest
+
+
+def _looked_at(
+    parts: list[tuple[str, AnnotationRefs, Drawn]], slices: SliceRefs, structures: int
+) -> NDArray[np.bool_]:
+    bits = np.array(slices.annotated, np.uint64)[:, None] >> np.arange(structures, dtype=np.uint64)
+    looked_at = (bits & np.uint64(1)).astype(bool)
+    for _, refs, read in parts:
+        for place, reason, _ in read.problems:
+            if reason not in HARMLESS_REASONS:
+                looked_at[refs.plane[place], refs.structure[place]] = False
+    return looked_at
 
 
 def _problems(refs: AnnotationRefs, read: Drawn) -> Iterator[Problem]:

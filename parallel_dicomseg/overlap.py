@@ -51,7 +51,7 @@ def resolve_overlaps(
     Parameters
     ----------
     contours
-        In pixels of the grid on which they will be drawn, sorted by (plane, structure, layer).
+        In pixels of the grid on which overlap is decided, sorted by (plane, structure, layer).
     shape
         Rows and columns of that grid.
     policy

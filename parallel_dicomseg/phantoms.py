@@ -257,77 +257,109 @@ def conformance_solids(shape: tuple[int, int, int], points: int = 360) -> tuple[
     """
     slices, rows, columns = shape
     size = 0.4 * min(slices, rows, columns)
-    x, y, z = 0.5 * columns + 0.37, 0.5 * rows + 0.21, 0.5 * slices - 0.5
+    at = _Middle(0.5 * columns + 0.37, 0.5 * rows + 0.21, 0.5 * slices - 0.5, size, points)
+    return (_cube(at), _sphere(at), _cylinder(at), _torus(at), _cone(at), _straw(at), _pillars(at))
 
-    def disc(radius_square: float, column: float = x, row: float = y) -> list[Float64]:
-        if radius_square <= 0.25:
+
+@dataclass(frozen=True, slots=True)
+class _Middle:
+    """Where the solids are and how large: half of a cube's edge."""
+
+    column: float
+    row: float
+    depth: float
+    size: float
+    points: int
+
+    def is_tall(self, k: Any) -> Any:
+        """Whether a slice is one of those of a body as high as the cube."""
+        return np.abs(k - self.depth) <= self.size
+
+    def distance(self, column: Any, row: Any, off: tuple[float, float] = (0.0, 0.0)) -> Any:
+        """From an axis across the slices, which may stand off the middle."""
+        return np.hypot(column - self.column - off[0], row - self.row - off[1])
+
+    def disc(self, radius: float, off: tuple[float, float] = (0.0, 0.0)) -> list[Float64]:
+        """A polygon with the area of a circle; none where it would be smaller than a pixel."""
+        if radius <= 0.5:
             return []
-        step = 2.0 * math.pi / points
-        radius = math.sqrt(radius_square * step / math.sin(step))
-        return [ellipse(column, row, radius, radius, points)]
+        step = 2.0 * math.pi / self.points
+        outer = radius * math.sqrt(step / math.sin(step))
+        return [ellipse(self.column + off[0], self.row + off[1], outer, outer, self.points)]
 
-    def within(half: float) -> Callable[[float], bool]:
-        return lambda k: abs(k - z) <= half
 
-    def distance(column: Any, row: Any, at: tuple[float, float] = (x, y)) -> Any:
-        return np.hypot(column - at[0], row - at[1])
+def _cube(at: _Middle) -> Solid:
+    low, high = (np.array([at.column, at.row]) + sign * at.size for sign in (-1, 1))
+    square = rectangle(*low, *high)
 
-    tall = within(size)
-    wide, tube = 0.6 * size, 0.3 * size
-    posts = [(x + a * 0.6 * size, y + b * 0.6 * size) for a in (-1, 1) for b in (-1, 1)]
-    square = rectangle(x - size, y - size, x + size, y + size)
+    def inside(column: Float64, row: Float64, k: Float64) -> Any:
+        across, along = np.abs(column - at.column), np.abs(row - at.row)
+        return (across <= at.size) & (along <= at.size) & at.is_tall(k)
 
-    def torus_rings(k: int) -> list[Float64]:
-        half = math.sqrt(max(tube**2 - (k - z) ** 2, 0.0))
-        return disc((wide + half) ** 2) + disc((wide - half) ** 2) if half > 0.0 else []
+    return Solid("cube", lambda k: [square] if at.is_tall(k) else [], inside)
 
-    def cone_radius(k: Any) -> Any:
-        return np.maximum(size * (1.0 - (k - z + size) / (2.0 * size)), 0.0)
 
-    return (
-        Solid(
-            "cube",
-            lambda k: [square] if tall(k) else [],
-            lambda c, r, k: (
-                (np.abs(c - x) <= size) & (np.abs(r - y) <= size) & (np.abs(k - z) <= size)
-            ),
-        ),
-        Solid(
-            "sphere",
-            lambda k: disc(size**2 - (k - z) ** 2),
-            lambda c, r, k: distance(c, r) ** 2 + (k - z) ** 2 <= size**2,
-        ),
-        Solid(
-            "cylinder",
-            lambda k: disc(wide**2) if tall(k) else [],
-            lambda c, r, k: (distance(c, r) <= wide) & (np.abs(k - z) <= size),
-        ),
-        Solid(
-            "torus",
-            torus_rings,
-            lambda c, r, k: (distance(c, r) - wide) ** 2 + (k - z) ** 2 <= tube**2,
-        ),
-        Solid(
-            "cone",
-            lambda k: disc(float(cone_radius(k)) ** 2) if tall(k) else [],
-            lambda c, r, k: (distance(c, r) <= cone_radius(k)) & (np.abs(k - z) <= size),
-        ),
-        Solid(
-            "straw",
-            lambda k: disc(wide**2) + disc((0.6 * wide) ** 2) if tall(k) else [],
-            lambda c, r, k: (
-                (distance(c, r) <= wide) & (distance(c, r) > 0.6 * wide) & (np.abs(k - z) <= size)
-            ),
-        ),
-        Solid(
-            "pillars",
-            lambda k: [ring for at in posts for ring in disc(tube**2, *at)] if tall(k) else [],
-            lambda c, r, k: (
-                np.any([distance(c, r, at) <= tube for at in posts], axis=0)
-                & (np.abs(k - z) <= size)
-            ),
-        ),
-    )
+def _sphere(at: _Middle) -> Solid:
+    def radius(k: Any) -> Any:
+        return np.sqrt(np.maximum(at.size**2 - (k - at.depth) ** 2, 0.0))
+
+    def inside(column: Float64, row: Float64, k: Float64) -> Any:
+        return at.distance(column, row) ** 2 + (k - at.depth) ** 2 <= at.size**2
+
+    return Solid("sphere", lambda k: at.disc(float(radius(k))), inside)
+
+
+def _cylinder(at: _Middle) -> Solid:
+    def inside(column: Float64, row: Float64, k: Float64) -> Any:
+        return (at.distance(column, row) <= 0.6 * at.size) & at.is_tall(k)
+
+    return Solid("cylinder", lambda k: at.disc(0.6 * at.size) if at.is_tall(k) else [], inside)
+
+
+def _torus(at: _Middle) -> Solid:
+    wide, tube = 0.6 * at.size, 0.3 * at.size
+
+    def sections(k: int) -> list[Float64]:
+        half = math.sqrt(max(tube**2 - (k - at.depth) ** 2, 0.0))
+        return at.disc(wide + half) + at.disc(wide - half) if half > 0.0 else []
+
+    def inside(column: Float64, row: Float64, k: Float64) -> Any:
+        return (at.distance(column, row) - wide) ** 2 + (k - at.depth) ** 2 <= tube**2
+
+    return Solid("torus", sections, inside)
+
+
+def _cone(at: _Middle) -> Solid:
+    def radius(k: Any) -> Any:
+        return np.maximum(0.5 * (at.size - (k - at.depth)), 0.0)
+
+    def inside(column: Float64, row: Float64, k: Float64) -> Any:
+        return (at.distance(column, row) <= radius(k)) & at.is_tall(k)
+
+    return Solid("cone", lambda k: at.disc(float(radius(k))) if at.is_tall(k) else [], inside)
+
+
+def _straw(at: _Middle) -> Solid:
+    outer, inner = 0.6 * at.size, 0.36 * at.size
+
+    def inside(column: Float64, row: Float64, k: Float64) -> Any:
+        distance = at.distance(column, row)
+        return (distance <= outer) & (distance > inner) & at.is_tall(k)
+
+    rings = at.disc(outer) + at.disc(inner)
+    return Solid("straw", lambda k: rings if at.is_tall(k) else [], inside)
+
+
+def _pillars(at: _Middle) -> Solid:
+    radius, off = 0.3 * at.size, 0.6 * at.size
+    places = [(across * off, along * off) for across in (-1, 1) for along in (-1, 1)]
+
+    def inside(column: Float64, row: Float64, k: Float64) -> Any:
+        posts = [at.distance(column, row, place) <= radius for place in places]
+        return np.logical_or.reduce(posts) & at.is_tall(k)
+
+    rings = [ring for place in places for ring in at.disc(radius, place)]
+    return Solid("pillars", lambda k: rings if at.is_tall(k) else [], inside)
 
 
 def parity_mask(points_column_row: ArrayLike, shape: tuple[int, int]) -> Mask:

@@ -77,6 +77,8 @@ class Problem:
     reason: Reason
     detail: str
     """What is wrong, with the tag and both numbers where there are any; no patient identity."""
+    structure: str = ""
+    """The only structure that is concerned, as the file spells it; '' where it is no single one."""
 
     @property
     def is_rejection(self) -> bool:
@@ -271,6 +273,10 @@ class Cohort:
     found_by: dict[str, int]
     """How many annotations were paired with images in which way."""
     problems: tuple[Problem, ...]
+    spelled: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """What the files call each structure."""
+    unmatched: dict[str, int] = field(default_factory=dict)
+    """Annotations of other structures, by the name that the files give them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -291,6 +297,17 @@ class Contours:
 
     def __len__(self) -> int:
         return len(self.plane)
+
+    @classmethod
+    def empty(cls) -> Contours:
+        """No ring."""
+        return cls(
+            points_column_row=np.empty((0, 2)),
+            offsets=np.zeros(1, np.int64),
+            plane=np.empty(0, np.int64),
+            structure=np.empty(0, np.int32),
+            layer=np.empty(0, np.int32),
+        )
 
     def take(self, index: NDArray[Any]) -> Contours:
         """The rings that `index` selects (integers or booleans), in its order."""
@@ -467,7 +484,10 @@ class Measured:
     """What a worker found out about the n slices of a task, aligned columns; s structures."""
 
     annotated: NDArray[np.bool_]
-    """(n, s) whether the structure has an outline on the slice."""
+    """(n, s) whether somebody looked for the structure on the slice, so that an empty mask says
+    that it is not there; false where what was drawn could not be read."""
+    outlined: NDArray[np.bool_]
+    """(n, s) whether the structure is drawn on the slice."""
     area: Int64
     """(n, s) pixels of the mask."""
     components: Int32
@@ -613,7 +633,7 @@ class Summary:
     columns: int
     structures: tuple[str, ...]
     annotated: tuple[int, ...]
-    """Slices on which each structure has an outline."""
+    """Slices on which each structure is drawn."""
     problems: tuple[Problem, ...]
     flagged: dict[str, int]
     """Slices that carry each flag; only those that occur."""

@@ -91,6 +91,7 @@ _RANGES = {
     "volume": (0, 2**31 - 1),
     "layer": (0, 2**31 - 1),
 }
+_ROWS_AT_ONCE = 1024
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _MASK = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 _TRUTH = {"true": True, "false": False}
@@ -203,6 +204,7 @@ def _write_all(cohort: Cohort, folder: Path) -> None:
             "path": [problem.path for problem in cohort.problems],
             "reason": [problem.reason.value for problem in cohort.problems],
             "detail": [problem.detail for problem in cohort.problems],
+            "structure": [problem.structure for problem in cohort.problems],
         },
     )
     _write_csv(folder / SERIES, _series_columns(slices, drawn))
@@ -222,6 +224,8 @@ def _settings(cohort: Cohort) -> dict[str, Any]:
         "structures": list(cohort.structures),
         "nested": [list(pair) for pair in cohort.nested],
         "found_by": dict(cohort.found_by),
+        "spelled": {name: list(called) for name, called in cohort.spelled.items()},
+        "unmatched": cohort.unmatched,
         "images": len(cohort.slices),
     }
 
@@ -344,6 +348,8 @@ def load_scan(directory: str | Path) -> Cohort:
         slices=replace(slices.take(order), volume=volume),
         annotations=_annotations(drawn, row_of, settings),
         headers=_headers(_read_csv(directory / HEADERS), row_of, settings.images),
+        spelled=settings.spelled,
+        unmatched=settings.unmatched,
         found_by=settings.found_by,
         problems=_problems(_read_csv(directory / PROBLEMS)),
     )
@@ -358,6 +364,8 @@ class _Settings:
     include_unannotated: bool
     structures: tuple[str, ...]
     nested: tuple[tuple[int, int], ...]
+    spelled: dict[str, tuple[str, ...]]
+    unmatched: dict[str, int]
     found_by: dict[str, int]
     images: int
     """How many were saved: an `id` is below it."""
@@ -380,6 +388,7 @@ def _read_settings(path: Path) -> _Settings:
         f"a list of pairs of numbers below {count}, the number of structures",
     )
     found_by = _setting(path, content, "found_by", _is_counter, "counts by name")
+    spelled = _setting(path, content, "spelled", _is_names_by_name, "lists of names by name")
     return _Settings(
         root=_setting(path, content, "root", _is_text, "a directory"),
         source=_setting(path, content, "source", _is_text, "a name"),
@@ -388,6 +397,8 @@ def _read_settings(path: Path) -> _Settings:
         ),
         structures=tuple(structures),
         nested=tuple((inner, outer) for inner, outer in pairs),
+        spelled={name: tuple(called) for name, called in spelled.items()},
+        unmatched=_setting(path, content, "unmatched", _is_counter, "counts by name"),
         found_by=found_by,
         images=_setting(path, content, "images", _is_count, "a count"),
     )
@@ -413,6 +424,10 @@ def _is_list_of(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, list) and all(map(fits, value))
 
 
+def _is_names_by_name(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_list_of(_is_text), value.values()))
+
+
 def _is_counter(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_count, value.values()))
 
@@ -428,25 +443,36 @@ def _read_text(path: Path) -> str:
 def _read_csv(path: Path) -> _Table:
     """A table whose first line names the columns; blank lines are left out."""
     reader = csv.reader(io.StringIO(_read_text(path), newline=""))
-    rows: list[list[str]] = []
-    lines: list[int] = []
     try:
         header = next(reader, [])
-        for row in reader:
-            if row:
-                rows.append(row)
-                lines.append(reader.line_num)
+        if len(set(header)) != len(header):
+            raise LayoutError(f"{path}, line 1: a column is named twice")
+        lines: list[int] = []
+        columns: list[list[str]] = [[] for _ in header]
+        for rows in _blocks(path, reader, len(header), lines):
+            for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
+                column.extend(cells)
     except csv.Error as error:
         raise LayoutError(f"{path}, line {reader.line_num}: not a CSV table ({error})") from None
-    for line, row in zip(lines, rows, strict=True):
-        if len(row) != len(header):
-            raise LayoutError(
-                f"{path}, line {line}: {len(row)} cells, the header has {len(header)}"
-            )
-    if len(set(header)) != len(header):
-        raise LayoutError(f"{path}, line 1: a column is named twice")
-    cells: list[tuple[str, ...]] = list(zip(*rows, strict=True)) or [()] * len(header)
-    return _Table(str(path), lines, dict(zip(header, map(list, cells), strict=True)))
+    return _Table(str(path), lines, dict(zip(header, columns, strict=True)))
+
+
+def _blocks(path: Path, reader: Any, width: int, lines: list[int]) -> Iterator[list[list[str]]]:
+    """Rows in blocks, their lines appended to `lines`; a million rows at once are slow to make."""
+    rows: list[list[str]] = []
+    for row in reader:
+        if not row:
+            continue
+        if len(row) != width:
+            line = reader.line_num
+            raise LayoutError(f"{path}, line {line}: {len(row)} cells, the header has {width}")
+        rows.append(row)
+        lines.append(reader.line_num)
+        if len(rows) == _ROWS_AT_ONCE:
+            yield rows
+            rows = []
+    if rows:
+        yield rows
 
 
 def _ids(table: _Table, images: int) -> Int64:
@@ -635,5 +661,5 @@ def _headers(table: _Table, row_of: Mapping[int, int], images: int) -> Headers:
 
 def _problems(table: _Table) -> tuple[Problem, ...]:
     reasons = table.parsed("reason", Reason, "a reason as the scan wrote it")
-    both = zip(table.cells("path"), reasons, table.cells("detail"), strict=True)
-    return tuple(Problem(path, reason, detail) for path, reason, detail in both)
+    texts = [table.cells(name) for name in ("detail", "structure")]
+    return tuple(map(Problem, table.cells("path"), reasons, *texts))

@@ -75,6 +75,10 @@ class Inventory:
     """What to install, by the name of each transfer syntax that cannot be decoded here."""
     structures: dict[str, Extent]
     """Where each structure is drawn, in bit order."""
+    spelled: dict[str, tuple[str, ...]]
+    """What the files call each structure."""
+    other_structures: dict[str, int]
+    """Annotations of structures that are not converted."""
     looked_for: dict[str, int]
     """Images on which somebody looked for each structure, drawn or not."""
     split: dict[str, Extent]
@@ -108,6 +112,8 @@ def take_inventory(cohort: Cohort) -> Inventory:
         transfer_syntaxes={_syntax_name(uid): count for uid, count in syntaxes.most_common()},
         missing_decoders={_syntax_name(uid): what for uid, what in missing.items()},
         structures=drawn,
+        spelled=cohort.spelled,
+        other_structures=cohort.unmatched,
         looked_for=looked_for,
         split={
             part: _extent(slices, np.flatnonzero(slices.split == part.encode()))
@@ -220,11 +226,20 @@ def _structure_table(inventory: Inventory) -> str:
     if not inventory.structures:
         return "structures  none"
     rows = [
-        (name, *_counted(extent), str(inventory.looked_for[name]))
+        (name, *_counted(extent), str(inventory.looked_for[name]), _called(name, inventory))
         for name, extent in inventory.structures.items()
     ]
-    heading = ("structure", "images", "volumes", "patients", "looked for on images")
-    return columns_of_text([heading, *rows])
+    heading = ("structure", "images", "volumes", "patients", "looked for on images", "")
+    table = columns_of_text([heading, *rows])
+    if not inventory.other_structures:
+        return table
+    return f"{table}\n\nother structures, not converted  {_few(inventory.other_structures)}"
+
+
+def _called(name: str, inventory: Inventory) -> str:
+    """Other names that the files give a structure."""
+    others = [called for called in inventory.spelled.get(name, ()) if called != name]
+    return f"also {', '.join(map(repr, others))}" if others else ""
 
 
 def _counted(extent: Extent) -> tuple[str, str, str]:

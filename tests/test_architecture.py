@@ -25,9 +25,11 @@ LEVELS = (
     {"errors", "records"},
     {"jit"},
     {"posix", "compressors"},
-    {"geometry", "rasterize", "overlap", "codec", "text", "checks", "resample", "deidentify"},
+    {"geometry", "rasterize", "codec", "text", "checks", "resample", "deidentify"},
+    {"overlap"},
     {"dicom"},
-    {"volumes", "structures", "split"},
+    {"volumes"},
+    {"structures", "split"},
     {"sources"},
     {"cohort", "saved"},
     {"grid"},
@@ -59,6 +61,7 @@ IMPORTERS = {
         "synthetic",
         "phantoms",
         "sources.rtstruct",
+        "sources.rtstruct_files",
         "sources.seg",
         "deidentify",
         "store",
@@ -76,6 +79,9 @@ IMPORTERS = {
 
 #: Imported inside the function that uses them: optional, or slow to import.
 LAZY = {"dask", "distributed", "hdf5plugin", "matplotlib"}
+
+#: Packages that are installed under another name than they are imported by.
+DISTRIBUTIONS = {"PIL": "pillow"}
 
 #: What printing a help text must not import.
 HEAVY = {"dask", "distributed", "h5py", "matplotlib", "numba", "pydicom", "zarr"}
@@ -296,7 +302,8 @@ def test_version_is_the_same_everywhere() -> None:
 def test_every_imported_package_is_declared() -> None:
     """What the package imports is in pyproject.toml, not merely somebody else's dependency."""
     declared = {name.replace("-", "_") for name in runtime_dependencies()}
-    foreign = {f.target.partition(".")[0] for f in imports() if own(f.target) is None}
+    modules = {f.target.partition(".")[0] for f in imports() if own(f.target) is None}
+    foreign = {DISTRIBUTIONS.get(module, module) for module in modules}
 
     assert set() == foreign - declared - sys.stdlib_module_names
 

@@ -514,6 +514,7 @@ def test_bitmaps_and_other_organs_get_no_flags_of_rings() -> None:
             cropped=np.array([[0], [3]]),
             elliptic=np.array([elliptic]),
             bitmaps=np.array([[0, 0]]),
+            looked_at=np.zeros((2, 1), bool),
             nested=(),
             checks=Checks(max_ellipse_residual=1e-6),
         )
@@ -536,11 +537,12 @@ def test_measure_takes_a_task_without_any_outline() -> None:
         cropped=np.zeros((2, 3), np.int64),
         elliptic=np.empty(0, bool),
         bitmaps=np.empty((0, 2), np.int64),
+        looked_at=np.array([[False] * 3, [False, True, False]]),
         nested=((0, 1),),
         checks=Checks(),
     )
 
-    assert not measured.annotated.any()
+    assert measured.annotated.tolist() == [[False] * 3, [False, True, False]]
     assert np.isnan(measured.ellipse_residual).all()
     assert measured.intensity.tolist() == [[1.0, 1.0, 1.0, 0.0]] * 2
     assert measured.flags.tolist() == [0, 0]
@@ -604,6 +606,7 @@ def test_real_outlines_are_flagged_where_something_is_wrong(outlines: list[Outli
         cropped=np.zeros((len(planes), 2), np.int64),
         elliptic=np.ones(len(plane), bool),
         bitmaps=np.empty((0, 2), np.int64),
+        looked_at=np.zeros_like(digest, bool),
         nested=((0, 1),),
         checks=checks,
     )

@@ -269,7 +269,7 @@ def test_scan_takes_stock(cohort: Path) -> None:
     assert found["patients"] == 2
     assert found["images"] == 8
     assert found["sizes"] == {"40 x 48": 8}
-    assert found["structures"]["i"] == 8
+    assert found["structures"]["i"]["images"] == 8
     assert sum(found["pixel_spacings"].values()) == 8
     assert re.search(r"^sizes +40 x 48: 8$", text, re.MULTILINE)
     assert re.search(r"^patients +2$", text, re.MULTILINE)
@@ -281,7 +281,7 @@ def test_scan_of_real_data_counts_as_its_description(shared_data: Path) -> None:
     found = json.loads(run("scan", source, "--json").stdout)
 
     assert (found["patients"], found["images"]) == (5, 96)
-    assert found["structures"] == {"i": 96, "o": 46}
+    assert {name: of["images"] for name, of in found["structures"].items()} == {"i": 96, "o": 46}
     assert found["sizes"] == {"256 x 256": 96}
     assert found["pixel_spacings"] == {
         "1.3672 x 1.3672 mm": 40,
@@ -517,7 +517,7 @@ def test_a_cohort_of_one_slice_keeps_its_outlines(cohort: Path) -> None:
     alone = [only_slice(scanned, k) for k in range(len(scanned.slices))]
 
     assert scanned.slices.path.tolist() == [one.slices.path[0] for one in alone]
-    assert scanned.contours.path.tolist() == [p for one in alone for p in one.contours.path]
+    assert scanned.annotations.path.tolist() == [p for one in alone for p in one.annotations.path]
     assert not np.any(np.concatenate([one.annotations.slice for one in alone]))
 
 

@@ -25,7 +25,6 @@ from parallel_dicomseg.config import (
 )
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.records import Checks, ConvertOptions, ScanOptions
-from parallel_dicomseg.sources import SOURCES
 
 CONFIG = """
 [scan]
@@ -84,7 +83,6 @@ def test_every_field_of_the_records_can_be_set() -> None:
 
 def test_choices_are_those_of_the_rooms_that_obey_them() -> None:
     """The values that the command line offers are those that the work knows."""
-    assert SETTINGS["scan.source"].choices == ("auto", *SOURCES)
     assert SETTINGS["convert.rule"].choices == tuple(rasterize.RULES)
     assert SETTINGS["convert.codec"].choices == tuple(codec.CODECS)
     assert SETTINGS["convert.contour_origin"].choices == tuple(plan.CONTOUR_ORIGINS)
@@ -134,6 +132,8 @@ def layers(draw: st.DrawFn) -> dict[str, Any]:
         float: st.floats(0, 1),
         str: st.just("processes"),
         tuple[str, ...]: st.lists(st.text(min_size=1), unique=True).map(tuple),
+        tuple[float, ...]: st.lists(st.floats(0.1, 9), max_size=2).map(tuple),
+        tuple[int, ...]: st.lists(st.integers(1, 9), max_size=2).map(tuple),
     }
     chosen = draw(st.sets(st.sampled_from(sorted(SETTINGS))))
     return {
@@ -334,3 +334,36 @@ def test_the_own_file_is_preferred_and_foreign_ini_files_are_left_alone() -> Non
     assert find_config(Path()) == Path("config.ini")
     write("parallel_dicomseg.toml", CONFIG)
     assert find_config(Path()) == Path("parallel_dicomseg.toml")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [
+        ("convert.spacing", 1.4, (1.4,)),
+        ("convert.spacing", [1, 2.5], (1.0, 2.5)),
+        ("convert.size", ["256", "128"], (256, 128)),
+        ("scan.split", ("0.8", "0.2"), (0.8, 0.2)),
+    ],
+)
+def test_lists_of_numbers_are_read_from_numbers_and_texts(
+    key: str, value: Any, expected: tuple[float, ...]
+) -> None:
+    """One number or several, as a file or the command line gives them."""
+    assert load_settings({key: value}).values[key] == expected
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("convert.spacing", [1, 2, 3]),
+        ("convert.spacing", True),
+        ("convert.spacing", "wide"),
+        ("convert.size", [1.5]),
+        ("convert.size", ["-3"]),
+        ("scan.split", [float("inf")]),
+    ],
+)
+def test_lists_of_other_things_are_refused(key: str, value: Any) -> None:
+    """The message says what the setting takes."""
+    with pytest.raises(ConfigurationError, match=f"{key} = .*: expected (one or )?two"):
+        load_settings({key: value})

@@ -19,7 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydicom.data import get_testdata_file
 from pydicom.dataset import Dataset
+from pydicom.filewriter import write_file_meta_info
 from pydicom.sequence import Sequence
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from parallel_dicomseg.deidentify import (
     Policy,
@@ -527,6 +529,15 @@ def test_every_real_header_becomes_json(shared_data):
 
 
 def test_a_file_that_is_no_image_any_more_is_an_error(tmp_path):
-    """The writer turns it into a problem."""
+    """The writer turns it into a problem, whatever pydicom makes of the bytes."""
+    meta = pydicom.dcmread(get_testdata_file("CT_small.dcm")).file_meta
+    meta.TransferSyntaxUID = DeflatedExplicitVRLittleEndian
+    with (tmp_path / "deflated.dcm").open("wb") as file:
+        file.write(bytes(128) + b"DICM")
+        write_file_meta_info(file, meta)
+        file.write(b"this is no deflate stream")
+
+    with pytest.raises(ValueError, match="error"):
+        full_header(str(tmp_path / "deflated.dcm"))
     with pytest.raises(OSError, match="No such file"):
         full_header(str(tmp_path / "gone.dcm"))

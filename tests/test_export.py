@@ -245,7 +245,7 @@ def test_a_sheared_volume_has_no_qform_and_says_so(file_of, tmp_path):
 
 
 def test_rounded_cosines_are_not_sheared(file_of, tmp_path):
-    """Headers with four decimals: both forms are there, and no corner is off by a tenth of a pixel."""
+    """Headers with four decimals: both forms are there, no corner a tenth of a pixel off."""
     orientation = tuple(np.round(ORIENTATIONS["oblique"], 4))
     stack = Stack(shape=(30, 200, 180), orientation=orientation)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import slice_table
+from usual import slice_table
 
 from parallel_dicomseg.grid import is_cropped, make_grids
 from parallel_dicomseg.records import ConvertOptions

@@ -7,6 +7,7 @@ import time
 import warnings
 import zlib
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ from pydicom.uid import (
 from parallel_dicomseg.dicom import headers
 from parallel_dicomseg.dicom.attributes import ALLOWED_ATTRIBUTES, DATE_ATTRIBUTES
 from parallel_dicomseg.dicom.elements import (
-    Values,
+    SLOT,
     attribute_text,
     decimal_column,
     find_distinct,
@@ -53,7 +54,7 @@ NATIVE = (ExplicitVRLittleEndian, ImplicitVRLittleEndian)
 #: (0010,xxxx) and the like that PS3.15 Table E.1-1 lists although they are codes or numbers.
 LISTED_FOR_REMOVAL = (
     *("PatientSex", "PatientSize", "PatientWeight", "PregnancyStatus", "SmokingStatus"),
-    *("PatientSexNeutered", "PatientAge", "ExposureTimeInms"),
+    *("PatientSexNeutered", "PatientAge", "PatientState"),
 )
 
 
@@ -115,15 +116,15 @@ def enhanced_image(frames=3, **changes):
         for frame in range(frames)
     ]
     pixels = np.arange(24 * frames, dtype="<i2").tobytes()
-    return mr_image(
-        SOPClassUID=EnhancedMRImageStorage,
-        NumberOfFrames=str(frames),
-        ImagePositionPatient=None,
-        SharedFunctionalGroupsSequence=[shared],
-        PerFrameFunctionalGroupsSequence=single,
-        PixelData=pixels,
-        **changes,
-    )
+    groups = {
+        "SOPClassUID": EnhancedMRImageStorage,
+        "NumberOfFrames": str(frames),
+        "ImagePositionPatient": None,
+        "SharedFunctionalGroupsSequence": [shared],
+        "PerFrameFunctionalGroupsSequence": single,
+        "PixelData": pixels,
+    }
+    return mr_image(**groups | changes)
 
 
 def save(dataset, path, syntax=ExplicitVRLittleEndian):
@@ -244,7 +245,7 @@ def test_all_real_files_give_the_same_on_both_paths(shared_data):
     fast, slow = scan_headers(shared_data, paths), scan_slowly(shared_data, paths)
 
     assert_same_scan(fast, slow)
-    assert len(fast.slices) > 1800
+    assert len(fast.slices) > 1600
     assert not fast.problems
 
 
@@ -280,7 +281,7 @@ def test_headers_of_real_files_equal_pydicoms(shared_data):
 
 def test_the_ibsi_phantom_has_the_geometry_of_its_functional_groups(shared_data):
     """Four coronal frames whose position, spacing and orientation no top-level element has."""
-    (path,) = (shared_data / "ibsi_digital_phantom").rglob("image/*")
+    (path,) = (shared_data / "ibsi_digital_phantom" / "dicom_deprecated" / "image").iterdir()
 
     table = scan_one(path)
 
@@ -304,7 +305,7 @@ def test_no_pixel_is_outside_of_the_range_that_the_header_gives():
             dataset = pydicom.dcmread(path, force=True)
             try:
                 values = dataset.pixel_array
-            except Exception:  # noqa: BLE001, S112 no decoder for it
+            except Exception:  # noqa: BLE001 no decoder for it
                 continue
             if dataset.SamplesPerPixel == 1 and "PALETTE" not in dataset.PhotometricInterpretation:
                 values = apply_modality_lut(values, dataset)
@@ -461,9 +462,7 @@ def test_files_without_a_preamble_are_read(tmp_path, syntax, meta):
     assert table.transfer_syntax_uid.tolist() == [syntax.encode()]
     assert table.sop_instance_uid.tolist() == [b"1.2.3.4"]
     if syntax in NATIVE:
-        np.testing.assert_array_equal(
-            stored_pixels(table, 0, path), np.arange(24).reshape(4, 6)
-        )
+        np.testing.assert_array_equal(stored_pixels(table, 0, path), np.arange(24).reshape(4, 6))
 
 
 @given(
@@ -514,7 +513,8 @@ def test_only_numbers_and_codes_are_kept_and_nothing_of_the_patient():
     for keyword, (tag, vr) in (ALLOWED_ATTRIBUTES | DATE_ATTRIBUTES).items():
         assert (tag_for_keyword(keyword), dictionary_VR(tag)) == (tag, vr)
         assert tag >> 16 not in (0x0010, 0x0012, 0x0032, 0x0038, 0x0040)
-    assert {vr for _, vr in ALLOWED_ATTRIBUTES.values()} <= set("DS IS US SS UL SL FL FD CS".split())
+    vrs = {vr for _, vr in ALLOWED_ATTRIBUTES.values()}
+    assert vrs <= {"DS", "IS", "CS", "US", "SS", "UL", "SL", "FL", "FD"}
     assert {vr for _, vr in DATE_ATTRIBUTES.values()} == {"DA"}
     assert not set(LISTED_FOR_REMOVAL) & set(ALLOWED_ATTRIBUTES)
     assert 80 <= len(ALLOWED_ATTRIBUTES) <= 120
@@ -670,7 +670,8 @@ def test_range_and_samples_of_decoded_pixels(tmp_path, changes, samples, low, hi
 
 def test_a_modality_lookup_table_bounds_the_values(tmp_path):
     """It goes before slope and intercept, and its image is not read as it lies."""
-    lut = item(LUTDescriptor=[4, 0, 16], LUTData=[7, 900, 3, 20], ModalityLUTType="US")
+    entries = np.array([7, 900, 3, 20], "<u2").tobytes()
+    lut = item(LUTDescriptor=[4, 0, 16], LUTData=entries, ModalityLUTType="US")
     dataset = mr_image(ModalityLUTSequence=[lut], RescaleSlope="3", PixelRepresentation=0)
 
     table = scan_one(save(dataset, tmp_path / "image.dcm"))
@@ -680,7 +681,9 @@ def test_a_modality_lookup_table_bounds_the_values(tmp_path):
     assert (table.pixel_offset[0], table.value_is_whole[0]) == (-1, True)
 
 
-@pytest.mark.parametrize(("keyword", "bits"), [("FloatPixelData", 32), ("DoubleFloatPixelData", 64)])
+@pytest.mark.parametrize(
+    ("keyword", "bits"), [("FloatPixelData", 32), ("DoubleFloatPixelData", 64)]
+)
 @pytest.mark.parametrize("scan", [scan_headers, scan_slowly])
 def test_float_pixels_have_no_bounds(tmp_path, keyword, bits, scan):
     """They have no Bits Stored either."""
@@ -820,10 +823,8 @@ def test_no_malformed_value_moves_those_of_other_files(numbers, count):
     """Each row is what Python's float makes of its own text: absent, `count` numbers, or NaN."""
     tag = ALLOWED_ATTRIBUTES["EchoTime"][0]
     values = pack([{tag: text} for text in numbers])
-    spans = find_distinct(values).values.spans[:, [slot for slot in range(values.spans.shape[1])]]
-    spans = spans[:, (values.spans[:, :, 1].sum(axis=0) > 0).argmax()]
 
-    column = decimal_column(count, -7.0, values.raw, spans)
+    column = decimal_column(count, -7.0, values.raw, values.spans[:, SLOT[tag]])
 
     for text, row in zip(numbers, column.tolist(), strict=True):
         expected = [-7.0] * count
@@ -875,21 +876,23 @@ def meta(syntax):
     return PREFIX + struct.pack("<HH2sH", 2, 0x10, b"UI", len(padded)) + padded
 
 
+@cache
 def bombs():
     """Small files that would take long or much memory if they were believed."""
     implicit, explicit = meta(ImplicitVRLittleEndian), meta(ExplicitVRLittleEndian)
     empty_item = struct.pack("<HHI", 0xFFFE, 0xE000, 0)
     sequence = struct.pack("<HHI", 0x0008, 0x1140, 0xFFFFFFFF)
+    start = struct.pack("<HHI", 0x0008, 0x0005, 0)
     groups = struct.pack("<HHI", 0x5200, 0x9230, 8 * 500_000)
     nested = struct.pack("<HHI", 0xFFFE, 0xE000, 0xFFFFFFFF) + sequence
-    deflate = zlib.compressobj(9, zlib.DEFLATED, -zlib.MAX_WBITS)
-    zeros = deflate.compress(bytes(200_000_000)) + deflate.flush()
+    deflate = zlib.compressobj(1, zlib.DEFLATED, -zlib.MAX_WBITS)
+    zeros = deflate.compress(bytes(64_000_000)) + deflate.flush()
     return {
         "items": implicit + sequence + empty_item * 500_000,
-        "no-meta-items": sequence + empty_item * 500_000,
+        "no-meta-items": start + sequence + empty_item * 500_000,
         "groups": implicit + groups + empty_item * 500_000,
         "nested": implicit + sequence + nested * 20_000,
-        "no-meta-nested": sequence + nested * 20_000,
+        "no-meta-nested": start + sequence + nested * 20_000,
         "deflated": meta(DeflatedExplicitVRLittleEndian) + zeros,
         "huge": explicit + struct.pack("<HH2sHI", 8, 0x18, b"UT", 0, 0xFFFFFFF0) + bytes(100),
         "meta": PREFIX + struct.pack("<HH2sH", 2, 0x10, b"UI", 0) * 100_000,
@@ -955,4 +958,3 @@ def test_nothing_of_a_scan_of_no_files_is_missing(tmp_path):
 
     assert (len(scanned.slices), scanned.headers, scanned.files) == (0, {}, ())
     assert scanned.slices.image_orientation_patient.shape == (0, 6)
-    assert isinstance(Values(np.empty(0, np.uint8), np.zeros((0, 1, 2), np.int64)).raw, np.ndarray)

@@ -8,7 +8,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from parallel_dicomseg.records import (
@@ -550,6 +550,20 @@ def test_one_bad_region_does_not_cost_the_others(tmp_path, bad):
         (Reason.BAD_CONTOUR, "1 regions")
     ]
     assert [mask.sum() for mask in masks.values()] == [4]
+
+
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(place=st.floats(0, 1), value=st.binary(min_size=1, max_size=6))
+def test_no_damage_makes_an_exception(tmp_path, place, value):
+    """Overwritten bytes anywhere in a file give annotations or problems, never an exception."""
+    raw = bytearray(message([[roi(SQUARE), roi(SQUARE, 1.0, "8.1")]]).encode())
+    start = int(place * (len(raw) - len(value)))
+    raw[start : start + len(value)] = value
+    (tmp_path / "a.xml").write_bytes(raw)
+    found = lidc.find(str(tmp_path), scanned("a.xml"), ct(), ScanOptions())
+    read_all(tmp_path, found, ct())
+
+    assert found.annotations or found.problems
 
 
 def test_one_pixel_drawn_twice_is_a_mark(tmp_path):

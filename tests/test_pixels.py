@@ -11,7 +11,7 @@ import highdicom
 import numpy as np
 import pydicom
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from pydicom.data import get_testdata_file, get_testdata_files
@@ -330,6 +330,26 @@ def test_native_files_of_every_byte_order_are_rescaled(tmp_path, syntax, slope, 
     np.testing.assert_array_equal(image, np.arange(24).reshape(4, 6) * slope + intercept)
 
 
+@example(  # wholly outside, to either side
+    stored=np.ones((5, 4), "<u1"),
+    bits=8,
+    scale=(1.0, 0.0),
+    origin=(0, 5),
+    shape=(5, 4),
+    pad=0.0,
+    photometric="MONOCHROME2",
+    samples=(),
+)
+@example(
+    stored=np.ones((5, 4), "<u1"),
+    bits=8,
+    scale=(1.0, 0.0),
+    origin=(-9, -9),
+    shape=(3, 3),
+    pad=0.0,
+    photometric="MONOCHROME2",
+    samples=(),
+)
 @given(
     stored=arrays(st.sampled_from(["<u1", "<i1", "<u2", "<i2", "<u4", "<i4"]), (5, 4)),
     bits=st.integers(1, 32),

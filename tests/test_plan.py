@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tables import cohort, slice_table
+from usual import cohort, slice_table
 
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.plan import image_dtype, make_plan, mask_dtype, tasks

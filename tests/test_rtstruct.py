@@ -24,7 +24,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Imp
 from parallel_dicomseg.geometry import to_patient
 from parallel_dicomseg.phantoms import ExtraContour, Phantom, ellipse, make_rtstruct_series
 from parallel_dicomseg.records import Problem, Reason, ScannedFile, ScanOptions, SliceTable
-from parallel_dicomseg.sources import rtstruct
+from parallel_dicomseg.sources import rtstruct, rtstruct_files
 from parallel_dicomseg.sources.base import Found
 
 BIG = ellipse(30, 30, 20, 20, points=3000)
@@ -159,7 +159,7 @@ def test_points_are_bit_equal_to_pydicoms(shared_data: Path) -> None:
     """Every number of every real structure set, as float64."""
     files = shared_structure_sets(shared_data)
     pairs = [pair for file in files for pair in contours_of(file)]
-    points, offsets, errors = rtstruct._points_of([raw for _, raw in pairs])
+    points, offsets, errors = rtstruct_files.parse_points([raw for _, raw in pairs])
 
     assert len(files) == 12
     assert errors == {}
@@ -183,7 +183,7 @@ def test_generated_points_are_bit_equal_to_pydicoms(
     """Any spelling that DS allows, padded to even length."""
     texts = ["\\".join(number for point in ring for number in point) for ring in contours]
     raws = [text.encode() + b" " * (len(text) % 2) for text in texts]
-    points, offsets, errors = rtstruct._points_of(raws)
+    points, offsets, errors = rtstruct_files.parse_points(raws)
 
     assert errors == {}
     for k, text in enumerate(texts):
@@ -209,7 +209,7 @@ def test_generated_points_are_bit_equal_to_pydicoms(
 def test_a_value_that_is_no_list_of_points_is_an_error_of_its_own(raw: bytes, message: str) -> None:
     """The others are read as if it were not there."""
     good = b"1\\2\\3\\4\\5\\6 "
-    points, offsets, errors = rtstruct._points_of([good, raw, good])
+    points, offsets, errors = rtstruct_files.parse_points([good, raw, good])
 
     assert points.tolist() == [[1, 2, 3], [4, 5, 6]] * 2
     assert offsets.tolist() == [0, 2, 2, 4]
@@ -341,6 +341,25 @@ def test_a_file_that_has_changed_is_noticed(
     assert not after.digest[lost].any()
     kept = np.setdiff1d(np.arange(len(before.digest)), lost)
     assert (after.digest[kept] == before.digest[kept]).all()
+
+
+@pytest.mark.parametrize("change", [shorter, moved, Path.unlink])
+def test_a_deflated_file_that_has_changed_is_noticed(
+    change: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """What cannot be inflated any more, or to less, is a problem of each contour."""
+    phantom = make_rtstruct_series(
+        tmp_path / "phantom", transfer_syntax=DeflatedExplicitVRLittleEndian
+    )
+    root = Path(phantom.directory)
+    images, files = tables.scan(root)
+    found = find(root, images, files)
+    change(root / phantom.structure_set_path)
+    drawn = tables.read(root, images, found.annotations)
+
+    assert len(drawn.problems) + len(drawn.contours) == 18
+    assert {why for _, why, _ in drawn.problems} <= {Reason.FILE_CHANGED, Reason.UNREADABLE_FILE}
+    assert drawn.problems
 
 
 def test_damaged_numbers_are_noticed_in_the_worker(phantom: Phantom) -> None:
@@ -609,7 +628,7 @@ def test_phases_without_a_reference_are_ambiguous(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "the file is empty"),
-        (b"\xfe\xff\x00\xe0" * (rtstruct.MAX_ITEMS + 1), f"limit {rtstruct.MAX_ITEMS}"),
+        (b"\xfe\xff\x00\xe0" * (rtstruct_files.MAX_ITEMS + 1), f"limit {rtstruct_files.MAX_ITEMS}"),
         (None, "No such file"),
     ],
 )

@@ -191,6 +191,14 @@ def test_a_saved_scan_reads_back_as_it_was(
     assert_same(cohort, load_scan(folder))
 
 
+def test_long_tables_are_read_whole(tmp_path: Path) -> None:
+    """More rows than are read at a time, and not a multiple of that."""
+    cohort = cohort_of(slice_table(2500), [(k, k % 2) for k in range(2500)])
+    save_scan(cohort, tmp_path / "scan")
+
+    assert_same(cohort, load_scan(tmp_path / "scan"))
+
+
 def test_names_of_files_may_be_any_bytes(tmp_path: Path) -> None:
     """Paths that are no UTF-8, with quotes and line ends, come back as they were."""
     paths = np.array([b"a/\xff\xfe.dcm", b'"a",\r\nb', "größe".encode(), b"=1+1"])

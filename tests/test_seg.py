@@ -158,7 +158,7 @@ def write_seg(
     maximum=255,
     change=None,
 ):
-    """A SEG of frames (segment number, position or None, stored values, referred UID or '')."""
+    """A SEG of frames (segment number, position or None, stored values, referred UID[#frame])."""
     dataset = new_file(path, SEGMENTATION, f"1.2.3.5.{abs(hash(path.name)) % 10**8}")
     dataset.Modality, dataset.SeriesInstanceUID = "SEG", UID("1.2.3.5")
     values = np.array([frame[2] for frame in frames])
@@ -195,7 +195,10 @@ def functional_group(kind, segment, position, _, uid):
         group.PlanePositionSequence = [item(ImagePositionPatient=list(position))]
     if uid:
         source = item(ReferencedSOPClassUID=UID("1.2.840.10008.5.1.4.1.1.2"))
+        uid, _, frame = uid.partition("#")
         source.ReferencedSOPInstanceUID = UID(uid)
+        if frame:
+            source.ReferencedFrameNumber = int(frame)
         group.DerivationImageSequence = [item(SourceImageSequence=[source])]
     return group
 
@@ -627,6 +630,51 @@ def test_a_frame_without_plane_needs_an_image_of_its_size(tmp_path):
     assert images.instance_number[found.annotations[0].looked_at].tolist() == [0]
     assert masks.sum() == 4
     assert [p.reason for p in found.problems] == [Reason.CONTOUR_WITHOUT_IMAGE]
+
+
+def test_single_images_and_one_of_many_frames_are_alike(shared_data, tmp_path):
+    """The SEG refers to single images, of which only a multi-frame conversion is there."""
+    folder = shared_data / "dicom_seg/dcmqi/23x38x3"
+    shutil.copy(folder / "multiframe/mf.dcm", tmp_path)
+    shutil.copy(folder / "seg/label.seg", tmp_path)
+    _, found, (masks, _) = convert(tmp_path)
+    truth = read_nrrd(folder / "nrrd/label.nrrd") == 1
+
+    assert [a.found_by for a in found.annotations] == ["frame-of-reference"]
+    assert (masks[0] == truth).all()
+
+
+def test_a_reference_may_name_the_frame_of_an_image(shared_data, tmp_path):
+    """Frames without a plane that refer to frames 3 and 1 of a multi-frame image."""
+    shutil.copy(shared_data / "dicom_seg/dcmqi/23x38x3/multiframe/mf.dcm", tmp_path)
+    uid = dcmread(tmp_path / "mf.dcm").SOPInstanceUID
+    values = random_masks(3, (38, 23))
+    references = (f"{uid}#3", f"{uid}#1", uid)
+    frames = [(1, None, *both) for both in zip(values, references, strict=True)]
+    write_seg(tmp_path / "s", frames)
+    images, found, (masks, _) = convert(tmp_path)
+    (annotation,) = found.annotations
+
+    assert annotation.offset.tolist() == [0, 1]
+    assert images.frame[annotation.slice].tolist() == [2, 0]
+    assert (masks[0, annotation.slice] == values[:2]).all()
+    assert [p.detail for p in found.problems] == ["1 of 3 frames of segment 'one' lie on no image"]
+
+
+def deflate(dataset):
+    """Everything after the meta header is deflated (PS3.5 A.5)."""
+    dataset.file_meta.TransferSyntaxUID = UID("1.2.840.10008.1.2.1.99")
+
+
+def test_a_deflated_data_set(three_images):
+    """Pixels that have no place in the file are kept with the header."""
+    values = random_masks(3, (5, 3))
+    frames = [(1, (0, 0, 2 * k), values[k], "") for k in range(3)]
+    write_seg(three_images / "s", frames, change=deflate)
+    _, _, (masks, drawn) = convert(three_images)
+
+    assert (masks[0] == values).all()
+    assert not drawn.problems
 
 
 # --- defects -------------------------------------------------------------------------------------

@@ -126,8 +126,8 @@ def layout(n=10, **changes):
     return replace(usual, **changes)
 
 
-def measured(images, masks, plan, cropped=0):
-    """What workers measure: a structure is drawn where it has pixels."""
+def measured(images, masks, plan, cropped=0, looked=0):
+    """What workers measure: a structure is drawn where it has pixels; `looked` for are bits."""
     bits = np.arange(len(plan.structures))
     drawn = (masks[..., None] >> bits & 1).any(axis=(1, 2)).reshape(len(masks), len(bits))
     area, components, outside = measure_masks(masks, drawn, plan.nested)
@@ -146,7 +146,8 @@ def measured(images, masks, plan, cropped=0):
         checks=Checks(),
     )
     return Measured(
-        annotated=drawn,
+        annotated=drawn | (np.asarray(looked, np.int64)[..., None] >> bits & 1).astype(bool),
+        outlined=drawn,
         area=area,
         components=components,
         outside=outside,
@@ -158,7 +159,7 @@ def measured(images, masks, plan, cropped=0):
     )
 
 
-def chunk(images, masks, plan, first=0, good=None, problems=(), cropped=0):
+def chunk(images, masks, plan, first=0, good=None, problems=(), cropped=0, looked=0):
     """What a worker gives back for these slices; those that are not good were rejected."""
     good = np.ones(len(images), bool) if good is None else good
     image_bytes, image_sizes = encode(images, plan.codec, good)
@@ -171,7 +172,7 @@ def chunk(images, masks, plan, first=0, good=None, problems=(), cropped=0):
         mask_sizes=mask_sizes,
         image_crc32c=checksums(image_bytes, image_sizes),
         mask_crc32c=checksums(mask_bytes, mask_sizes),
-        measured=measured(images, masks, plan, cropped),
+        measured=measured(images, masks, plan, cropped, looked),
         problems=tuple(problems),
     )
 
@@ -187,5 +188,6 @@ def write(path, *, table=None, plan=None, images=None, masks=None, good=None, **
     with Hdf5Writer(path, plan, table, **options) as writer:
         for first in range(0, len(table), 4):
             part = slice(first, first + 4)
-            writer.put(chunk(images[part], masks[part], plan, first, good[part], cropped=cropped))
+            options = {"cropped": cropped, "looked": table.annotated[part]}
+            writer.put(chunk(images[part], masks[part], plan, first, good[part], **options))
         return writer.publish(problems)

@@ -75,10 +75,12 @@ _DECIMAL: dict[str, tuple[int, str, int, float]] = {
 }
 _TRIGGER_DELAY = 0x00209153  # Nominal Cardiac Trigger Delay Time of enhanced images, ms
 _PALETTE_DESCRIPTOR = 0x00281101  # Red Palette Color Lookup Table Descriptor
-_NEEDED = {
+_NEEDED: dict[int, str] = {
     _TRIGGER_DELAY: "FD",
     _PALETTE_DESCRIPTOR: "US",
-    **{entry[0]: entry[1] for entry in (*_TEXT.values(), *_WHOLE.values(), *_DECIMAL.values())},
+    **dict(_TEXT.values()),
+    **{tag: vr for tag, vr, _ in _WHOLE.values()},
+    **{tag: vr for tag, vr, _, _ in _DECIMAL.values()},
 }
 #: What says that a header cannot be understood from its top level alone.
 SEQUENCES = (MODALITY_LUT_SEQUENCE, SHARED_GROUPS, PER_FRAME_GROUPS)
@@ -392,8 +394,10 @@ def _gather(raw: UInt8, spans: Int64, separator: int, out: UInt8) -> None:
     """Copy one value per row into `out` (k, width), padded on the right with `separator`."""
     for i in range(len(out)):
         start, length = spans[i, 0], spans[i, 1]
-        out[i, :length] = raw[start : start + length]
-        out[i, length:] = separator
+        for k in range(length):
+            out[i, k] = raw[start + k]
+        for k in range(length, out.shape[1]):
+            out[i, k] = separator
 
 
 def text_column(raw: UInt8, spans: Int64) -> Bytes:

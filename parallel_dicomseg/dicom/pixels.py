@@ -36,6 +36,7 @@ from parallel_dicomseg.jit import kernel
 from parallel_dicomseg.posix import close, file_size, open_read_only, pack_paths, read_at
 from parallel_dicomseg.records import (
     Float64,
+    Int32,
     Int64,
     Layout,
     Problem,
@@ -162,37 +163,53 @@ def _read_frames(
 
 
 @kernel
-def _value(stored: Any, bits: Int64, scale: Float64) -> float:
-    """One rescaled value: bits as in `_Native.bits`, scale the slope and the intercept."""
-    masked = ((np.int64(stored) & bits[0]) ^ bits[1]) - bits[1]
-    value: float = np.float64(bits[2] + bits[3] * masked) * scale[0] + scale[1]
-    return value
+def _masked(stored: Any, mask: Any, sign: Any) -> Any:
+    """The stored bits of one value, its sign extended; in 32 bits, which the loops need to be
+    vectorized.
+    """
+    kept = np.int32(np.int32(stored) & mask)
+    return np.int32(np.int32(kept ^ sign) - sign)
 
 
 @kernel
-def _smallest(stored: NDArray[Any], bits: Int64, scale: Float64) -> float:
-    """The smallest rescaled value of an image."""
-    smallest = np.inf
+def _smallest(stored: NDArray[Any], mask: Any, sign: Any, turned: Float64, scale: Float64) -> float:
+    """The smallest rescaled value of an image: that of its lowest or of its highest one."""
+    lowest = highest = _masked(stored[0, 0], mask, sign)
     for row in range(stored.shape[0]):
-        for column in range(stored.shape[1]):
-            smallest = min(smallest, _value(stored[row, column], bits, scale))
-    return smallest
+        source = stored[row]
+        for k in range(len(source)):
+            value = _masked(source[k], mask, sign)
+            lowest, highest = min(lowest, value), max(highest, value)
+    first = (turned[0] + turned[1] * lowest) * scale[0] + scale[1]
+    return float(min(first, (turned[0] + turned[1] * highest) * scale[0] + scale[1]))
 
 
 @kernel
 def _place_frame(
-    stored: NDArray[Any], bits: Int64, scale: Float64, origin: Int64, pad: float, out: NDArray[Any]
+    stored: NDArray[Any],
+    bits: Int32,
+    turned: Float64,
+    scale: Float64,
+    origin: Int64,
+    pad: float,
+    out: NDArray[Any],
 ) -> None:
     """Rescale an image into `out`, whose first pixel is the source's pixel `origin`."""
+    mask, sign = bits[0], bits[1]
+    base, factor, slope, intercept = turned[0], turned[1], scale[0], scale[1]
     rows, columns = out.shape
-    top, bottom = max(-origin[0], 0), min(stored.shape[0] - origin[0], rows)
-    left, right = max(-origin[1], 0), min(stored.shape[1] - origin[1], columns)
+    top, left = max(-origin[0], 0), max(-origin[1], 0)
+    # never before the beginning: a negative end would count from the end of the array
+    bottom = max(min(stored.shape[0] - origin[0], rows), top)
+    right = max(min(stored.shape[1] - origin[1], columns), left)
     if top > 0 or left > 0 or bottom < rows or right < columns:
-        out[:] = _smallest(stored, bits, scale) if np.isnan(pad) else pad
+        out[:] = _smallest(stored, mask, sign, turned, scale) if np.isnan(pad) else pad
     for row in range(top, bottom):
         source = stored[origin[0] + row, origin[1] + left : origin[1] + right]
-        for k in range(right - left):
-            out[row, left + k] = _value(source[k], bits, scale)
+        target = out[row, left:right]
+        for k in range(len(target)):
+            value = np.float64(_masked(source[k], mask, sign))
+            target[k] = (base + factor * value) * slope + intercept
 
 
 @kernel
@@ -203,7 +220,8 @@ def _read_and_place_frames(
     pixel_offsets: Int64,
     stored: NDArray[Any],
     raw: UInt8,
-    bits: Int64,
+    bits: Int32,
+    turned: Float64,
     scale: Float64,
     origins: Int64,
     pad: float,
@@ -217,7 +235,7 @@ def _read_and_place_frames(
     for i in range(len(path_offsets)):
         status[i] = _read_frame(path_bytes, path_offsets[i], sizes[i], pixel_offsets[i], raw)
         if status[i] == _READ:
-            _place_frame(stored, bits[i], scale[i], origins[i], pad, out[where[i]])
+            _place_frame(stored, bits[i], turned[i], scale[i], origins[i], pad, out[where[i]])
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,7 +281,7 @@ class _Native:
             *self._places(),
             raw.view(self.dtype).reshape(self.size),
             raw,
-            self._bits(layout),
+            *self._bits(layout),
             np.array(self._each(self.slices.rescale_slope, self.slices.rescale_intercept)),
             np.array([self.slices.grid[i][:2] for i in self.index]).astype(np.int64),
             pad,
@@ -282,17 +300,18 @@ class _Native:
     def _each(self, *columns: Sequence[Any]) -> list[list[Any]]:
         return [[column[i] for column in columns] for i in self.index]
 
-    def _bits(self, layout: Layout) -> Int64:
-        """(k, 4) mask of the stored bits, sign bit or 0, then a and b of the a + b x value that
-        turns MONOCHROME1 round (0 and 1 elsewhere).
+    def _bits(self, layout: Layout) -> tuple[Int32, Float64]:
+        """(k, 2) mask of the stored bits, and the sign bit or 0; (k, 2) a and b of the
+        a + b x value that turns MONOCHROME1 round, 0 and 1 elsewhere.
         """
         signed = np.dtype(self.dtype).kind == "i"
-        rows = []
-        for i in self.index:
-            mask = (1 << self.slices.bits_stored[i]) - 1
-            flip = (-1 if signed else mask, -1) if _flips(self.slices, i, layout) else (0, 1)
-            rows.append((mask, (mask + 1) // 2 if signed else 0, *flip))
-        return np.array(rows, np.int64)
+        masks = [(1 << self.slices.bits_stored[i]) - 1 for i in self.index]
+        bits = [(mask, (mask + 1) // 2 if signed else 0) for mask in masks]
+        turned = [
+            (-1 if signed else mask, -1) if _flips(self.slices, i, layout) else (0, 1)
+            for mask, i in zip(masks, self.index, strict=True)
+        ]
+        return np.array(bits, np.int32), np.array(turned, np.float64)
 
     def _are_stored_as(self, out: NDArray[Any], layout: Layout) -> bool:
         """Whether the bytes of all files are those of the output."""
@@ -311,13 +330,10 @@ class _Native:
         return all(is_shift(grid) for grid in {self.slices.grid[i] for i in self.index})
 
     def _fit(self, dtype: np.dtype[Any]) -> bool:
-        """Whether the output holds fractions, or there are none."""
-        scales = {
-            number
-            for pair in self._each(self.slices.rescale_slope, self.slices.rescale_intercept)
-            for number in pair
-        }
-        return dtype.kind == "f" or all(float(number).is_integer() for number in scales)
+        """Whether the kernel may do it: at most 16 bits, and no fractions for integers."""
+        each = self._each(self.slices.rescale_slope, self.slices.rescale_intercept)
+        whole = all(float(number).is_integer() for pair in each for number in pair)
+        return np.dtype(self.dtype).itemsize < 4 and (dtype.kind == "f" or whole)
 
 
 def _is_set(layout: Layout) -> bool:
@@ -418,17 +434,18 @@ def _store(
 
 def _exactly(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     """Values in another type; a FrameError where they lie beyond it."""
-    with np.errstate(over="ignore"):
-        converted = to_dtype(values, dtype)
-        limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
-        beyond = np.isfinite(values) & ((values < limits.min - 0.5) | (values > limits.max + 0.5))
-    if values.dtype != dtype and beyond.any():
-        raise FrameError(
-            Reason.UNSUPPORTED_PIXELS,
-            f"values from {np.nanmin(values):g} to {np.nanmax(values):g}, the file holds "
-            f"{limits.min:g} to {limits.max:g}: more than the header's bits allow",
+    if np.can_cast(values.dtype, dtype):
+        return values.astype(dtype, copy=False)
+    limits = np.iinfo(dtype) if dtype.kind in "iu" else np.finfo(dtype)
+    known = values if values.dtype.kind in "iu" else values[np.isfinite(values)]
+    least, most = (float(known.min()), float(known.max())) if known.size else (0.0, 0.0)
+    if least < float(limits.min) - 0.5 or most > float(limits.max) + 0.5:
+        detail = (
+            f"values from {least:g} to {most:g}, the file holds {limits.min:g} to {limits.max:g}: "
+            "more than the header's bits allow"
         )
-    return converted
+        raise FrameError(Reason.UNSUPPORTED_PIXELS, detail)
+    return values.astype(dtype) if values.dtype.kind in "iu" else to_dtype(values, dtype)
 
 
 # --- decoded pixels ------------------------------------------------------------------------------

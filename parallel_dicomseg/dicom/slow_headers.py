@@ -11,11 +11,8 @@ import os
 import re
 import stat
 import struct
-import threading
-import warnings
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
@@ -23,6 +20,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from parallel_dicomseg.dicom.decoders import quiet
 from parallel_dicomseg.dicom.elements import (
     BINARY_DTYPE,
     FLOAT_PIXEL_DATA,
@@ -58,7 +56,7 @@ DEFLATED = (
 MOST_FRAMES = 65536
 
 # An empty item of a sequence costs pydicom one read and most of all, about 30 microseconds.
-_MOST_READS = 25_000
+_MOST_READS = 20_000
 _LARGEST_READ = 2**24
 _LARGEST_HEADER = 2**25
 _LARGEST_META = 2**16
@@ -71,7 +69,6 @@ _VRS = frozenset(
 )
 _LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
 _CLAIMS_DICOM = re.compile(r"[^/]\.(?:dcm|dicom|ima)$", re.IGNORECASE)
-_PYDICOM = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,17 +114,6 @@ class _Metered:
         return _Metered(BytesIO(raw), self._left)
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No warnings: pydicom's print tag values, and there is one per illegal UID.
-
-    One thread at a time, as the filters of warnings are the whole process's.
-    """
-    with _PYDICOM, warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
-
-
 def read_header(root: str, path: str) -> FileHeader | ScannedFile | Problem:
     """Read the header of one file through pydicom.
 
@@ -138,23 +124,39 @@ def read_header(root: str, path: str) -> FileHeader | ScannedFile | Problem:
     """
     try:
         descriptor = os.open(Path(root) / path, _FLAGS)
-        with open(descriptor, "rb") as file:  # noqa: PTH123 a descriptor
-            status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                return Problem(path, Reason.UNREADABLE_FILE, "not a regular file")
-            start, encoding = _start_of(file, status.st_size)
-            if start < 0:
-                return _no_dicom(path, status.st_size)
-            with _quiet():
-                return _read(file, status.st_size, start, encoding)
-    except OSError as error:
-        return Problem(path, Reason.UNREADABLE_FILE, error.strerror or "cannot be read")
-    except _UnreadableError as error:
-        return Problem(path, Reason.UNREADABLE_FILE, str(error))
+        try:
+            return _read_open(descriptor, path)
+        finally:
+            os.close(descriptor)
     except Exception as error:  # noqa: BLE001 broken files make pydicom raise anything
-        # only the kind of the error: pydicom's texts quote values of the header
-        kind = type(error).__name__
-        return Problem(path, Reason.NOT_DICOM, f"the header cannot be read ({kind})")
+        return _problem_of(path, error)
+
+
+def _problem_of(path: str, error: BaseException) -> Problem:
+    """What an exception says, without quoting the header as pydicom's texts do."""
+    cause: BaseException | None = error
+    while cause is not None:
+        # pydicom makes an OSError of whatever happens while it reads an item
+        if isinstance(cause, _UnreadableError):
+            return Problem(path, Reason.UNREADABLE_FILE, str(cause))
+        cause = cause.__context__
+    if isinstance(error, OSError) and error.strerror:
+        return Problem(path, Reason.UNREADABLE_FILE, error.strerror)
+    detail = f"the header cannot be read ({type(error).__name__})"
+    return Problem(path, Reason.NOT_DICOM, detail)
+
+
+def _read_open(descriptor: int, path: str) -> FileHeader | ScannedFile | Problem:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        return Problem(path, Reason.UNREADABLE_FILE, "not a regular file")
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        start, encoding = _start_of(file, status.st_size)
+        if start < 0:
+            return _no_dicom(path, status.st_size)
+        # its warnings print tag values, and there is one per illegal UID
+        with quiet():
+            return _read(file, status.st_size, start, encoding)
 
 
 def claims_dicom(path: str) -> bool:

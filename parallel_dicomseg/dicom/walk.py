@@ -295,7 +295,7 @@ def _walk_files(
 ) -> int:
     """Walk the headers of many files, see _walk; returns the bytes of `raw` that are filled."""
     window = np.zeros(_WINDOW_BYTES + _SLACK, np.uint8)
-    filled = 0
+    filled = int(np.int64(0))  # a literal 0 would compile the walk once more
     for i in range(len(path_offsets)):
         fd = open_read_only(path_bytes, path_offsets[i])
         if fd < 0:
@@ -402,7 +402,8 @@ def _walk_macro(
             and at + size <= end
             and _is_written_as(vr, kinds[slot], kind_of_vr)
         ):
-            kept[filled : filled + size] = raw[at : at + size]
+            for k in range(size):
+                kept[filled + k] = raw[at + k]
             span[slot, 0] = filled
             span[slot, 1] = size
             filled += size

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -240,18 +240,31 @@ def inspect_file(path: str | Path) -> Inspection:
         return describe(dataset)
 
 
+# Attributes of a file that are repeated as they are.
+_SAID: dict[str, Callable[[Any], Any]] = {
+    "format_version": int,
+    "source": str,
+    "rule": str,
+    "contour_origin": float,
+    "codec": str,
+    "keep_identity": bool,
+    "pseudonyms": str,
+    "dates": str,
+    "hashed_paths": bool,
+    "resampled": bool,
+}
+
+
 def describe(dataset: InspectableDataset) -> Inspection:
     """What is in an open file; see `Inspection`."""
     slices, rows, columns = dataset.shape
-    attributes = dataset.attributes
     annotated, outlined = dataset.column("structure_annotated"), dataset.column("outlined")
     image_bytes, mask_bytes = dataset.stored_bytes
     pixels = slices * rows * columns
     regular = dataset.column("regular", "volumes")
     return Inspection(
         path=str(dataset.path),
-        format_version=int(attributes["format_version"]),
-        source=str(attributes["source"]),
+        **{name: kind(dataset.attributes[name]) for name, kind in _SAID.items()},
         slices=slices,
         annotated_slices=int(annotated.any(axis=1).sum()),
         outlined_slices=int(outlined.any(axis=1).sum()),
@@ -268,15 +281,7 @@ def describe(dataset: InspectableDataset) -> Inspection:
         image_dtype=dataset.image_dtype.name,
         mask_dtype=dataset.mask_dtype.name,
         structures=_summarise_structures(dataset, annotated, outlined),
-        rule=str(attributes["rule"]),
-        contour_origin=float(attributes["contour_origin"]),
-        codec=str(attributes["codec"]),
-        keep_identity=bool(attributes["keep_identity"]),
-        pseudonyms=str(attributes["pseudonyms"]),
-        dates=str(attributes["dates"]),
-        hashed_paths=bool(attributes["hashed_paths"]),
         decoders=dataset.decoders,
-        resampled=bool(attributes["resampled"]),
         cropped_pixels=int(dataset.column("cropped").sum()),
         pixel_spacings=_spacings(dataset.column("pixel_spacing")),
         source_pixel_spacings=_spacings(dataset.column("source_pixel_spacing")),

@@ -338,20 +338,11 @@ def read(
         else:
             problems.append((k, Reason.FILE_CHANGED, "the outlines found in it are gone"))
     return Drawn(
-        contours=_NO_CONTOURS,
+        contours=Contours.empty(),
         bitmaps=(_bitmap(k, regions, slices, annotations) for k, regions in drawn),
         digest=digest,
         problems=tuple(problems),
     )
-
-
-_NO_CONTOURS = Contours(
-    points_column_row=np.empty((0, 2)),
-    offsets=np.zeros(1, np.int64),
-    plane=np.empty(0, np.int64),
-    structure=np.empty(0, np.int32),
-    layer=np.empty(0, np.int32),
-)
 
 
 def _regions_of(reading: Reading, plane: int, code: int) -> tuple[Region, ...]:

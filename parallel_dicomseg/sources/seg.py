@@ -157,7 +157,7 @@ def _off_images(header: Header, place: _Place) -> Iterable[Flaw]:
         off = int((of_segment & (place.row < 0)).sum())
         if off:
             detail = f"{off} of {of_segment.sum()} frames of segment {label!r} lie on no image"
-            yield Reason.CONTOUR_WITHOUT_IMAGE, detail
+            yield Reason.CONTOUR_WITHOUT_IMAGE, detail, label
 
 
 # --- which image a frame lies on -----------------------------------------------------------------
@@ -313,20 +313,11 @@ def read(
                 problems.append((k, *result))
     filled = [one for one in packed if one.bits.size]
     return Drawn(
-        contours=_NO_CONTOURS,
+        contours=Contours.empty(),
         bitmaps=(one.unpack() for one in filled),
         digest=digest,
         problems=tuple(sorted(problems)),
     )
-
-
-_NO_CONTOURS = Contours(
-    points_column_row=np.empty((0, 2)),
-    offsets=np.zeros(1, np.int64),
-    plane=np.empty(0, np.int64),
-    structure=np.empty(0, np.int32),
-    layer=np.empty(0, np.int32),
-)
 
 
 def _read_file(

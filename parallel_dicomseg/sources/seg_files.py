@@ -19,7 +19,8 @@ from parallel_dicomseg.dicom.decoders import EXPLICIT_BIG_ENDIAN, quiet
 from parallel_dicomseg.dicom.pixels import FrameError, OpenImage, open_image, stored_frame
 from parallel_dicomseg.records import Float64, Int64, Reason
 
-Flaw = tuple[Reason, str]
+Flaw = tuple[Reason, str] | tuple[Reason, str, str]
+"""Reason, what is wrong, and the only segment that is concerned."""
 Values = NDArray[np.unsignedinteger[Any]]
 
 # Bits Allocated by Segmentation Type (PS3.3 C.8.20.2; BINARY in bytes is met as well).

@@ -317,7 +317,7 @@ class Hdf5Writer:
 
     def _full_header(self, path: str, known: list[Fragment], unread: list[Problem]) -> str:
         try:
-            return full_header(os.path.join(self._root, path))  # noqa: PTH118  # bytes of any kind
+            return full_header(f"{self._root}/{path}")
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             detail = (
@@ -340,7 +340,7 @@ class Hdf5Writer:
             rows=self._layout.rows,
             columns=self._layout.columns,
             structures=self._layout.structures,
-            annotated=tuple(measured.annotated.sum(axis=0).tolist()),
+            annotated=tuple(measured.outlined.sum(axis=0).tolist()),
             problems=problems,
             flagged={name: count for name, count in counts.items() if count},
             seconds=0.0,

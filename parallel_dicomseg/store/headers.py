@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.deidentify import Policy, public_headers
 from parallel_dicomseg.dicom.attributes import ALLOWED_ATTRIBUTES, DATE_ATTRIBUTES
+from parallel_dicomseg.dicom.decoders import quiet
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.records import Bytes, HeaderColumn, Int64
 
@@ -149,17 +150,15 @@ def full_header(path: str) -> str:
     OSError, ValueError
         The file cannot be read, or is no DICOM file.
     """
-    import warnings
-
     import pydicom
-    from pydicom.errors import InvalidDicomError
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # they say values, one line per defect
+    with quiet():
         try:
             dataset = pydicom.dcmread(path, stop_before_pixels=True, force=True)
-        except InvalidDicomError as error:
-            raise ValueError(str(error)) from error
+        except OSError:
+            raise
+        except Exception as error:  # a damaged file can raise anything
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         model = _model(dataset)
     if _SPECIFIC_CHARACTER_SET in model:
         model[_SPECIFIC_CHARACTER_SET] = {"vr": "CS", "Value": ["ISO_IR 192"]}

@@ -66,7 +66,6 @@ def table_columns(
         names["source_path"] = slices.path
     series = series_index(slices)
     position, spacing = stored_geometry(slices, grid)
-    annotated = measured.annotated | _bits(slices.annotated, measured.annotated.shape[1])
     return {
         **names,
         "series_index": series,
@@ -80,9 +79,9 @@ def table_columns(
         "source_columns": slices.columns,
         "grid_origin": grid[:, :2],
         "grid_step": grid[:, 2:],
-        "annotated": annotated.any(axis=1),
-        "structure_annotated": annotated,
-        "outlined": measured.annotated,
+        "annotated": measured.annotated.any(axis=1),
+        "structure_annotated": measured.annotated,
+        "outlined": measured.outlined,
         "area": measured.area,
         "area_mm2": measured.area * spacing.prod(axis=1, keepdims=True),
         "components": measured.components,
@@ -92,12 +91,6 @@ def table_columns(
         "intensity": measured.intensity,
         "flags": measured.flags | _flags_of_the_whole(slices, measured),
     }
-
-
-def _bits(words: NDArray[np.uint64], structures: int) -> NDArray[np.bool_]:
-    """(n, s) bit s of each word."""
-    bit = np.arange(structures, dtype=np.uint64)
-    return (words[:, None] >> bit & np.uint64(1)).astype(np.bool_)
 
 
 def _flags_of_the_whole(slices: SliceTable, measured: Measured) -> NDArray[np.uint16]:
