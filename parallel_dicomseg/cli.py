@@ -12,9 +12,11 @@ import math
 import random
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +24,7 @@ import click
 import numpy as np
 
 from parallel_dicomseg.config import (
+    COMMAND_LINE,
     LEGACY_CONFIG_FILE,
     SETTINGS,
     LegacyConfig,
@@ -40,14 +43,16 @@ from parallel_dicomseg.errors import (
     VerificationError,
 )
 from parallel_dicomseg.records import Cohort, ConvertOptions, ScanOptions
-from parallel_dicomseg.report.inspection import printable
+from parallel_dicomseg.report.inspection import LISTED_PROBLEMS, printable
 from parallel_dicomseg.terminal import (
+    Watch,
     columns_of_text,
     print_json,
     render_inventory,
     render_summary,
     summarize,
     take_inventory,
+    undecodable,
     watching,
 )
 
@@ -282,20 +287,20 @@ def scan(
     """List what is in a folder of images and annotations, and what does not belong together.
 
     Reads headers only, and writes nothing but the tables of --save. SOURCE may be left out where a
-    config.ini names it.
+    config.ini names it. It may also be what --save wrote: then its tables are listed as they are.
     """
     settings = _settings("scan", options, config)
     if show_config:
         _show_config(settings, "scan", as_json)
         return
-    from parallel_dicomseg.cohort import scan_cohort
+    from parallel_dicomseg.saved import check_target, save_scan
 
     source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
-    with watching() as watch:
-        cohort = scan_cohort(source, options=settings.scan, progress=watch)
     if save:
-        from parallel_dicomseg.saved import save_scan
-
+        check_target(save, overwrite=overwrite)
+    with watching() as watch:
+        cohort = _find_cohort(source, settings, watch)
+    if save:
         save_scan(cohort, save, overwrite=overwrite)
         click.echo(f"tables with names and UIDs in {save}, readable by you alone", err=True)
     inventory = take_inventory(cohort)
@@ -331,26 +336,24 @@ def convert(
 ) -> None:
     """Convert a folder of images and annotations to one HDF5 file of images and masks.
 
-    SOURCE may also be what `scan --save` wrote; options of the scan then count no more. The exit
-    status is 1 when more was rejected than --max-rejected allows; the file is complete without it
-    and says what and why. SOURCE and -o may be left out where a config.ini names them.
+    SOURCE may also be what `scan --save` wrote; then the options of the scan (--source to
+    --stratify) were its own and are refused here. The exit status is 1 when more was rejected than
+    --max-rejected allows; the file is complete without it and says what and why. SOURCE and -o may
+    be left out where a config.ini names them.
     """
     settings = _settings("convert", options, config)
     if show_config:
         _show_config(settings, "", as_json)
         return
-    from parallel_dicomseg.cohort import scan_cohort
     from parallel_dicomseg.convert import check_output, convert_cohort
-    from parallel_dicomseg.saved import is_saved_scan, load_scan
 
     source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
     target = output or _legacy_default(settings, "hdf5_filename", "-o OUT.h5")
     check_output(Path(target), settings.convert)
     with watching() as watch:
-        if is_saved_scan(source):
-            cohort = load_scan(source)
-        else:
-            cohort = scan_cohort(source, options=settings.scan, progress=watch)
+        cohort = _find_cohort(source, settings, watch)
+        for name, what in undecodable(cohort.slices).items():
+            click.echo(printable(f"not decodable here: {name}: {what}"), err=True)
         with _converting():
             summary = convert_cohort(cohort, target, options=settings.convert, progress=watch)
     if as_json:
@@ -428,7 +431,12 @@ def verify(file: str, as_json: bool) -> None:
     click.get_current_context().exit(FINISHED_SHORT if found.problems else 0)
 
 
-@main.group(cls=Group)
+@main.group(
+    cls=Group,
+    epilog="""\b
+Example:
+  parallel-dicomseg export nifti cohort.h5 nifti""",
+)
 def export() -> None:
     """Write a finished file's volumes as files of other programs."""
 
@@ -460,7 +468,8 @@ def export_options(function: Function) -> Function:
     epilog="""\b
 Example:
   parallel-dicomseg export nifti cohort.h5 nifti
-  parallel-dicomseg export nifti cohort.h5 nifti --masks labels --structures heart,lung"""
+  parallel-dicomseg export nifti cohort.h5 nifti \\
+      --masks labels --structures heart,lung"""
 )
 @export_options
 @click.option(
@@ -499,7 +508,8 @@ def nifti(
 @export.command(
     epilog="""\b
 Example:
-  parallel-dicomseg export nnunet cohort.h5 nnUNet_raw --dataset-id 1 --name Heart"""
+  parallel-dicomseg export nnunet cohort.h5 nnUNet_raw \\
+      --dataset-id 1 --name Heart"""
 )
 @export_options
 @click.option("--dataset-id", type=int, required=True, metavar="N", help="1 to 999.")
@@ -532,7 +542,7 @@ def nnunet(
     overlap: str,
     incomplete: str,
 ) -> None:
-    """Write FILE as a dataset of nnU-Net's raw layout into the folder DIRECTORY."""
+    """Write FILE as a dataset of nnU-Net's raw layout into DIRECTORY, a folder that is there."""
     from parallel_dicomseg.export import export_nnunet
     from parallel_dicomseg.store import open_dataset
 
@@ -559,8 +569,15 @@ def _tell_export(report: ExportReport, as_json: bool) -> None:
         print_json(summarize(report) | {"files": report.files})
         return
     lines = [f"{report.directory}: {len(report.files)} files of {len(report.cases)} volumes"]
-    lines += [f"  {note.case or 'all'}: {note.detail} ({note.kind})" for note in report.notes]
-    click.echo(printable("\n".join(lines)))
+    for kind, count in Counter(note.kind for note in report.notes).most_common():
+        lines.append(f"  {kind}: {count:,}")
+        same = (note for note in report.notes if note.kind == kind)
+        lines += [
+            f"    {note.case or 'all'}: {note.detail}" for note in islice(same, LISTED_PROBLEMS)
+        ]
+        if count > LISTED_PROBLEMS:
+            lines.append(f"    and {count - LISTED_PROBLEMS:,} more, see export.json there")
+    click.echo("\n".join(map(printable, lines)))
 
 
 @click.command(
@@ -642,8 +659,42 @@ def _split(values: Iterable[str]) -> tuple[str, ...]:
 
     A comma inside a /regular expression/ belongs to it.
     """
-    parts = (part for value in values for part in _BETWEEN_COMMAS.findall(value))
+    parts = (part for value in values for part in _BETWEEN_COMMAS.findall(value) or [""])
     return tuple(part.strip() for part in parts)
+
+
+def _find_cohort(source: str, settings: Settings, watch: Watch) -> Cohort:
+    """Scan a folder of images, or read what an earlier scan saved.
+
+    Raises
+    ------
+    ConfigurationError
+        Options of the scan are given, but it was made before.
+    LayoutError
+        The data of a saved scan is no longer where it was; or as the scan raises it.
+    """
+    from parallel_dicomseg.cohort import scan_cohort
+    from parallel_dicomseg.saved import SETTINGS as SCAN_SETTINGS
+    from parallel_dicomseg.saved import is_saved_scan, load_scan
+
+    if not is_saved_scan(source):
+        return scan_cohort(source, options=settings.scan, progress=watch)
+    given = [
+        f"--{setting.name.replace('_', '-')}"
+        for key, setting in SETTINGS.items()
+        if settings.origins[key] == COMMAND_LINE and key.startswith("scan.")
+        if setting.name != "workers"
+    ]
+    if given:
+        raise ConfigurationError(
+            f"{source} is a saved scan, to which {', '.join(given)} belonged: edit its tables, or "
+            "scan the images again"
+        )
+    cohort = load_scan(source)
+    if not Path(cohort.root).is_dir():
+        place = Path(source, SCAN_SETTINGS)
+        raise LayoutError(f"{place}: root: there is no directory {cohort.root}; say where it is")
+    return cohort
 
 
 def _show_config(settings: Settings, table: str, as_json: bool) -> None:

@@ -38,8 +38,15 @@ from parallel_dicomseg.sources.base import (
 )
 from parallel_dicomseg.sources.registry import SOURCES
 from parallel_dicomseg.sources.tree import find_annotations, list_tree, unchosen_files
-from parallel_dicomseg.split import split_patients
-from parallel_dicomseg.structures import Chosen, annotation_table, choose, read_aliases
+from parallel_dicomseg.split import check_fractions, split_patients
+from parallel_dicomseg.structures import (
+    Aliases,
+    Chosen,
+    annotation_table,
+    asked_for,
+    choose,
+    read_aliases,
+)
 from parallel_dicomseg.volumes import order_volumes
 
 #: How many problems are named where nothing is left to convert.
@@ -83,8 +90,6 @@ class _Selected:
     spelled: dict[str, tuple[str, ...]]
     unmatched: dict[str, int]
     found_by: dict[str, int]
-    everything: bool
-    """Whether all structures were asked for."""
     problems: tuple[Problem, ...]
 
 
@@ -136,19 +141,21 @@ def scan_cohort(
         An option names a source or a structure that is not there.
     """
     options = options or ScanOptions()
+    aliases = _check_options(options)
     root = Path(data_directory)
     files = _list_files(root, options)
     scanned = _read_headers(root, files, options.workers or os.cpu_count() or 1, progress)
-    images, hygiene = _in_order(scanned, files)
+    images, copies, hygiene = _in_order(scanned, files)
+    scanned = replace(scanned, slices=copies, headers={})  # the rest is in `images` now
     numbered = _pair_numbered(scanned, files, images.table)
     drawn = _find_annotations(root, scanned, files, images, options)
     annotations = (*numbered.annotations, *drawn.annotations)
-    selected = _select(annotations, len(images.table), options)
+    selected = _select(annotations, len(images.table), aliases, options)
     keep = _kept(selected, images, options)
     problems = {
-        *_about_chosen((*files.problems, *numbered.problems, *drawn.problems), selected),
+        *_about_asked((*files.problems, *numbered.problems, *drawn.problems), aliases, options),
         *scanned.problems,
-        *hygiene,
+        *_about_kept(hygiene, copies, images.table, keep),
         *selected.problems,
         *_without_annotation(images, keep),
     }
@@ -170,6 +177,14 @@ def scan_cohort(
         found_by=selected.found_by,
         problems=tuple(sorted(problems, key=lambda p: (p.path, p.reason, p.detail))),
     )
+
+
+def _check_options(options: ScanOptions) -> Aliases:
+    """Refuse before anything is read what would be refused after it; the table of aliases."""
+    _sources(options.source)
+    if options.split:
+        check_fractions(options.split)
+    return read_aliases(options.aliases) if options.aliases else {}
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -246,8 +261,8 @@ def _blocks(files: _Files) -> Iterator[tuple[list[str], list[str] | None]]:
 # --- images --------------------------------------------------------------------------------------
 
 
-def _in_order(scanned: Scanned, files: _Files) -> tuple[_Images, tuple[Problem, ...]]:
-    """The images sorted into volumes, and what is odd about their series."""
+def _in_order(scanned: Scanned, files: _Files) -> tuple[_Images, SliceTable, tuple[Problem, ...]]:
+    """The images sorted into volumes, copies that are left out, what is odd about their series."""
     numbered = _is_in(scanned.slices.path, files.numbered_paths)
     own = np.where(numbered, b"", scanned.slices.patient_id)
     table = replace(scanned.slices, patient_id=_named_patients(scanned.slices))
@@ -260,7 +275,9 @@ def _in_order(scanned: Scanned, files: _Files) -> tuple[_Images, tuple[Problem, 
         localizer=ordered.localizer,
         numbered=numbered[index],
     )
-    return images, ordered.problems
+    left_out = np.ones(len(table), np.bool_)
+    left_out[index] = False
+    return images, table.take(left_out), ordered.problems
 
 
 def _is_in(paths: Bytes, wanted: Collection[str]) -> NDArray[np.bool_]:
@@ -270,8 +287,8 @@ def _is_in(paths: Bytes, wanted: Collection[str]) -> NDArray[np.bool_]:
 
 
 def _named_patients(table: SliceTable) -> Bytes:
-    """(n,) PatientID; without one each study is a patient, and without that each folder."""
-    named: Bytes = np.where(table.patient_id == b"", table.study_instance_uid, table.patient_id)
+    """(n,) PatientID; without one, studies that share a series; without those, the folder."""
+    named: Bytes = np.where(table.patient_id == b"", _linked_studies(table), table.patient_id)
     unnamed = named == b""
     if unnamed.any():
         folders = [path.rpartition(b"/")[0] or b"." for path in table.path[unnamed].tolist()]
@@ -281,13 +298,38 @@ def _named_patients(table: SliceTable) -> Bytes:
     return named
 
 
+def _linked_studies(table: SliceTable) -> Bytes:
+    """(n,) StudyInstanceUID; of images without PatientID the least that shared series lead to.
+
+    Some anonymizers give every file of a series a study of its own.
+    """
+    study, series = table.study_instance_uid, table.series_instance_uid
+    mine = np.flatnonzero((table.patient_id == b"") & (study != b"") & (series != b""))
+    if not len(mine):
+        return study
+    names, of_study = np.unique(study[mine], return_inverse=True)
+    of_series = np.unique(series[mine], return_inverse=True)[1]
+    least = of_study
+    for _ in names:  # a chain of studies is no longer than this
+        before = least
+        for code in (of_series, of_study):
+            smallest = np.full(len(mine), len(names))
+            np.minimum.at(smallest, code, least)
+            least = smallest[code]
+        if np.array_equal(least, before):
+            break
+    linked = study.copy()
+    linked[mine] = names[least]
+    return linked
+
+
 def _pair_numbered(scanned: Scanned, files: _Files, images: SliceTable) -> Found:
     """The outlines of the listings on the images in order, each listing by itself.
 
-    Copies that were left out, and DICOM objects that are no images, are none of the images that
-    an outline may mean; an image that could not be read still is.
+    Copies that were left out (`scanned.slices`), and DICOM objects that are no images, are none of
+    the images that an outline may mean; an image that could not be read still is.
     """
-    gone = set(scanned.slices.path.tolist()) - set(images.path.tolist())
+    gone = set(scanned.slices.path.tolist())
     gone |= {os.fsencode(file.path) for file in scanned.files if file.sop_class_uid}
     annotations: list[Annotation] = []
     problems: list[Problem] = []
@@ -330,13 +372,15 @@ def _find_annotations(
     return Found(found.annotations, (*found.problems, *rejected))
 
 
-def _select(annotations: Sequence[Annotation], images: int, options: ScanOptions) -> _Selected:
+def _select(
+    annotations: Sequence[Annotation], images: int, aliases: Aliases, options: ScanOptions
+) -> _Selected:
     """The structures that are asked for, and what is drawn of them.
 
     Raises
     ------
     ConfigurationError
-        A structure is not there, or the table of aliases cannot be read.
+        A structure is not there.
     """
     chosen = choose(
         # the outlines that one person drew on a patient's images count as one file
@@ -345,7 +389,7 @@ def _select(annotations: Sequence[Annotation], images: int, options: ScanOptions
             for one in annotations
         ],
         options.structures,
-        read_aliases(options.aliases) if options.aliases else {},
+        aliases,
         options.case_sensitive,
         options.several,
     )
@@ -359,7 +403,6 @@ def _select(annotations: Sequence[Annotation], images: int, options: ScanOptions
         found_by=dict(Counter(one.found_by for one in taken if len(one.slice)).most_common()),
         spelled=_spelled(annotations, chosen),
         unmatched=chosen.unmatched,
-        everything=not (options.structures or options.aliases),
         problems=chosen.problems,
     )
 
@@ -384,17 +427,35 @@ def _kept(selected: _Selected, images: _Images, options: ScanOptions) -> NDArray
     return keep | ~images.localizer if options.include_unannotated else keep
 
 
-def _about_chosen(problems: Sequence[Problem], selected: _Selected) -> list[Problem]:
+def _about_asked(
+    problems: Sequence[Problem], aliases: Aliases, options: ScanOptions
+) -> list[Problem]:
     """Without those about structures that nobody asked for."""
-    if selected.everything:
-        return list(problems)
-    wanted = {None, "", *(one.name for one in selected.taken)}
-    numbered = {None, *(one.name for one in selected.taken if _is_numbered(one))}
-    return [
-        one
-        for one in problems
-        if one.structure in wanted and sunnybrook.structure_of(one.path) in numbered
-    ]
+    names = [one.structure or sunnybrook.structure_of(one.path) or "" for one in problems]
+    asked = asked_for(set(names) - {""}, options.structures, aliases, options.case_sensitive)
+    both = zip(problems, names, strict=True)
+    return [one for one, name in both if not name or name in asked]
+
+
+def _about_kept(
+    problems: Sequence[Problem], copies: SliceTable, images: SliceTable, keep: NDArray[np.bool_]
+) -> Iterator[Problem]:
+    """A rejected copy is harmless where neither its image nor its series is converted."""
+    missed: set[bytes] = set()
+    if len(copies):
+        uids = set(images.series_instance_uid[keep].tolist())
+        uids |= set(images.sop_instance_uid[keep].tolist())
+        own = zip(
+            copies.series_instance_uid.tolist(), copies.sop_instance_uid.tolist(), strict=True
+        )
+        converted = [not uids.isdisjoint(pair) for pair in own]
+        missed = set(copies.path[converted].tolist())
+    for one in problems:
+        if one.is_rejection and os.fsencode(one.path) not in missed:
+            detail = f"{one.detail}; nothing of its series is converted"
+            yield replace(one, reason=Reason.REPEATED, detail=detail)
+        else:
+            yield one
 
 
 def _unchosen_files(

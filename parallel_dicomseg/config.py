@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import configparser
 import difflib
+import math
 import tomllib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
@@ -419,8 +420,9 @@ def _convert(origin: str, key: str, value: Any) -> Any:
         _check(setting, converted)
     except (TypeError, ValueError) as error:
         hint = f"; {error}" if str(error) else ""
+        shown = ", ".join(map(repr, value)) if isinstance(value, tuple) else repr(value)
         raise ConfigurationError(
-            f"{origin}: {key} = {value!r}: expected {setting.expected}{hint}"
+            f"{origin}: {key} = {shown}: expected {setting.expected}{hint}"
         ) from None
     return converted
 
@@ -445,7 +447,10 @@ def _read_numbers(setting: Setting, value: Any) -> tuple[float, ...]:
     values = value if isinstance(value, list | tuple) else (value,)
     if any(isinstance(item, bool) or not isinstance(item, str | int | float) for item in values):
         raise TypeError
-    numbers = tuple(number(item) for item in values)
+    try:
+        numbers = tuple(number(item) for item in values)
+    except (ValueError, OverflowError):
+        raise ValueError from None
     if any(
         isinstance(item, float) and item != made for item, made in zip(values, numbers, strict=True)
     ):
@@ -460,11 +465,12 @@ def _check(setting: Setting, value: Any) -> None:
     if setting.key == "convert.scheduler" and not _is_scheduler(value):
         raise ValueError(_closest(value, SCHEDULERS))
     if isinstance(value, int | float):
-        ceiling = float("inf") if setting.maximum is None else setting.maximum
+        ceiling = math.inf if setting.maximum is None else setting.maximum
         if not 0 <= value <= ceiling:
             raise ValueError
     if setting.most:
-        if len(value) > setting.most or not all(0 <= item < float("inf") for item in value):
+        low = 0 if setting.key == "scan.split" else math.ulp(0)
+        if len(value) > setting.most or not all(low <= item < math.inf for item in value):
             raise ValueError
         return
     if isinstance(value, tuple) and not all(isinstance(item, str) and item for item in value):

@@ -7,6 +7,7 @@ on who was faster.
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
@@ -233,7 +234,7 @@ def convert_cohort(
     slices = plan.cohort.slices
     if options.strict:
         _stop_if_strict(conceal_paths((*cohort.problems, *plan.problems), slices.path, identity))
-    with open_writer(output, plan, identity, overwrite=options.overwrite) as writer:
+    with open_writer(output, plan, identity, options) as writer:
         for chunk in run(plan, options, workers):
             if options.strict:
                 _stop_if_strict(conceal_paths(chunk.problems, slices.path, identity))
@@ -253,9 +254,10 @@ def convert_cohort(
 
 
 def open_writer(
-    output: Path, plan: Plan, identity: Policy, *, overwrite: bool = False
+    output: Path, plan: Plan, identity: Policy, options: ConvertOptions | None = None
 ) -> Hdf5Writer:
-    """The writer that takes the encoded tasks of a plan."""
+    """The writer that takes the encoded tasks of a plan, which was made with these options."""
+    options = options or ConvertOptions()
     slices = plan.cohort.slices
     return Hdf5Writer(
         output,
@@ -265,9 +267,27 @@ def open_writer(
         grid=plan.grid,
         identity=identity,
         root=plan.cohort.root,
-        decoders=_decoders_of(slices),
-        overwrite=overwrite,
+        provenance=_provenance(plan.cohort, options, _decoders_of(slices)),
+        overwrite=options.overwrite,
     )
+
+
+def _provenance(
+    cohort: Cohort, options: ConvertOptions, decoders: dict[str, str]
+) -> dict[str, list[str]]:
+    """What the layout does not say of how a file was made: lists of texts, none of them empty."""
+    grid = {name: getattr(options, name) for name in ("spacing", "size", "fit", "color")}
+    said = {
+        "grid": [f"{name} {json.dumps(value)}" for name, value in grid.items()],
+        "decoders": [f"{uid} {decoders[uid]}" for uid in sorted(decoders)],
+        "found_by": [f"{how} {count}" for how, count in cohort.found_by.items()],
+        "spelled": [
+            f"{name}: {' | '.join(cohort.spelled[name])}"
+            for name in cohort.structures
+            if name in cohort.spelled
+        ],
+    }
+    return {name: texts for name, texts in said.items() if texts}
 
 
 #: Distributions of the modules that decode compressed pixels.

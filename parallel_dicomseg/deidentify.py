@@ -67,6 +67,13 @@ _WORD = re.compile(r"\w+")
 # Of four letters or more: shorter names are words and numbers that mean something else.
 _NAME = re.compile(r"\w.{2,}\w", re.DOTALL)
 
+# Names of folders that say nothing of anybody, and are words of the sentences.
+_PLAIN_WORDS = frozenset(
+    "annotation annotations contour contours data dicom file files folder frame frames header "
+    "image images mask masks number outline outlines patient patients pixel pixels position "
+    "segment segments series slice slices structure structures study".split()  # noqa: SIM905  # a list of words
+)
+
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INTEGER = re.compile(rb"[+-]?\d+")
 # PS3.5 table 6.2-1, of one value.
@@ -414,7 +421,8 @@ class _Names:
             seen.add(path)
             folder, _, part = path.rpartition("/")
             for name in (path, part):
-                if core := _NAME.search(name):
+                core = _NAME.search(name)
+                if core and core[0].casefold() not in _PLAIN_WORDS:
                     self._names.setdefault(core[0], name)
             path = folder
 

@@ -65,28 +65,24 @@ def draw_masks(task: ChunkTask, masks: NDArray[Any]) -> Drawing:
     layout, slices = task.layout, task.slices
     parts = read_annotations(task.root, slices, task.annotations, layout.contour_origin)
     contours, elliptic = _joined([(kind, read.contours) for kind, _, read in parts])
-    shape = (layout.rows, layout.columns)
-    source_shape = (max(slices.rows), max(slices.columns))
-    contours, elliptic, overlapping = _without_overlaps(
-        contours, elliptic, source_shape, layout.partial_overlap
-    )
-    grid = np.array(slices.grid)
-    moved = on_grid(contours, grid)
+    contours, elliptic, overlapping = _without_overlaps(contours, elliptic, task)
+    moved = on_grid(contours, np.array(slices.grid))
     rasterize_batch(moved, masks, rule=layout.rule, clear=True)
-    structures = len(layout.structures)
-    cropped = _cropped_by_rings(contours, slices, shape, structures, layout.rule)
+    _clear_padding(contours, slices, masks)
+    whole = _uncropped(contours, slices, masks, layout.rule)
     places = []
     for _, _, read in parts:
         for bitmap in read.bitmaps:
             places.append((bitmap.plane, bitmap.structure))
-            cropped[places[-1]] += _draw_bitmap(bitmap, slices, masks)
+            _draw_bitmap(bitmap, slices, masks, whole)
+    structures = len(layout.structures)
     return Drawing(
         contours=moved,
         elliptic=elliptic,
         bitmaps=np.array(places, np.int64).reshape(-1, 2),
         digest=_digests(parts, len(slices), structures),
-        cropped=cropped,
-        looked_at=_looked_at(parts, slices, structures),
+        cropped=_cropped(whole, slices, masks.shape, structures),
+        looked_at=_looked_at(parts, task, overlapping),
         problems=(
             *(problem for _, refs, read in parts for problem in _problems(refs, read)),
             *_overlap_problems(task, overlapping),
@@ -119,38 +115,40 @@ def structure_centers(cohort: Cohort, contour_origin: float) -> Float64:
     slices = cohort.slices
     as_they_are = np.tile((0.0, 0.0, 1.0, 1.0), (len(slices), 1))
     low, high = np.full((len(slices), 2), np.inf), np.full((len(slices), 2), -np.inf)
-    starts = range(0, len(slices), _SLICES_PER_LOOK)
-    for first in starts:
+    last = np.stack([slices.rows, slices.columns], axis=1) - 1.0
+    for first in range(0, len(slices), _SLICES_PER_LOOK):
         rows = slice(first, min(first + _SLICES_PER_LOOK, len(slices)))
-        drawn = slice(*np.searchsorted(cohort.annotations.slice, (rows.start, rows.stop)).tolist())
+        own = slice(*np.searchsorted(cohort.annotations.slice, (rows.start, rows.stop)).tolist())
         refs = slice_refs(slices, rows, as_they_are)
-        annotations = annotation_refs(cohort.annotations, drawn, first)
+        annotations = annotation_refs(cohort.annotations, own, first)
         for _, _, read in read_annotations(cohort.root, refs, annotations, contour_origin):
-            for plane, points_row_column in _points(read):
+            for plane, from_there, to_there in _extents(read):
                 at = first + plane
-                low[at] = np.minimum(low[at], points_row_column.min(axis=0))
-                high[at] = np.maximum(high[at], points_row_column.max(axis=0))
+                # what sticks out of the image is not stored
+                low[at] = np.minimum(low[at], np.clip(from_there, 0.0, last[at]))
+                high[at] = np.maximum(high[at], np.clip(to_there, 0.0, last[at]))
     _, volume = np.unique(slices.volume, return_inverse=True)
-    lowest, highest = (
-        np.full((volume.max() + 1, 2), np.inf),
-        np.full((volume.max() + 1, 2), -np.inf),
-    )
+    lowest = np.full((volume.max() + 1, 2), np.inf)
+    highest = -lowest
     np.minimum.at(lowest, volume, low)
     np.maximum.at(highest, volume, high)
-    middle = np.where(np.isfinite(lowest), lowest + highest, np.nan) / 2
+    drawn = np.isfinite(lowest)
+    middle = np.full_like(lowest, np.nan)
+    middle[drawn] = (lowest[drawn] + highest[drawn]) / 2
     return middle[volume]
 
 
-def _points(read: Drawn) -> Iterator[tuple[int, Float64]]:
-    """The slice, and points (p, 2) as (row, column), of everything that was read."""
+def _extents(read: Drawn) -> Iterator[tuple[int, Float64, Float64]]:
+    """The slice, and lowest and highest (row, column), of everything that was read."""
     contours = read.contours
     for k, plane in enumerate(contours.plane.tolist()):
-        ring = contours.points_column_row[contours.offsets[k] : contours.offsets[k + 1]]
+        ring = contours.points_column_row[contours.offsets[k] : contours.offsets[k + 1], ::-1]
         if len(ring):
-            yield plane, ring[:, ::-1]
+            yield plane, ring.min(axis=0), ring.max(axis=0)
     for bitmap in read.bitmaps:
         if bitmap.mask.any():
-            yield bitmap.plane, np.argwhere(bitmap.mask).astype(np.float64)
+            pixels = np.argwhere(bitmap.mask).astype(np.float64)
+            yield bitmap.plane, pixels.min(axis=0), pixels.max(axis=0)
 
 
 def _joined(parts: list[tuple[str, Contours]]) -> tuple[Contours, NDArray[np.bool_]]:
@@ -178,10 +176,16 @@ def _joined(parts: list[tuple[str, Contours]]) -> tuple[Contours, NDArray[np.boo
 
 
 def _without_overlaps(
-    contours: Contours, elliptic: NDArray[np.bool_], shape: tuple[int, int], policy: str
+    contours: Contours, elliptic: NDArray[np.bool_], task: ChunkTask
 ) -> tuple[Contours, NDArray[np.bool_], list[tuple[int, int]]]:
-    """The policy for rings that partly overlap; united rings are no ellipses any more."""
-    resolved, overlapping = resolve_overlaps(contours, shape, policy)
+    """The policy for rings that partly overlap; united rings are no ellipses any more.
+
+    Pillow's rules unite all rings: there is nothing to decide.
+    """
+    if task.layout.rule != "center":
+        return contours, elliptic, []
+    source_shape = (max(task.slices.rows), max(task.slices.columns))
+    resolved, overlapping = resolve_overlaps(contours, source_shape, task.layout.partial_overlap)
     if len(resolved) != len(contours):
         elliptic = np.zeros(len(resolved), bool)
     return resolved, elliptic, overlapping
@@ -199,67 +203,105 @@ def on_grid(contours: Contours, grid: Float64) -> Contours:
     return replace(contours, points_column_row=moved)
 
 
-# --- what the stored image cuts off ---------------------------------------------------------------
-
-Margins = tuple[int, int, int, int]
-"""Stored rows above and below, and columns left and right, of the stored image that the source
-image would still fill."""
+# --- source image and stored image ----------------------------------------------------------------
 
 
-def _margins(slices: SliceRefs, plane: int, shape: tuple[int, int]) -> Margins:
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The pixels of the stored grid whose centres lie in one source image, on it or not."""
+
+    grid: tuple[float, float, float, float]
+    shape: tuple[int, int]
+    kept: tuple[slice, slice]
+    """Those of them that are on the stored image."""
+    stored: tuple[slice, slice]
+    """Where the kept ones are there; what else it has is padding."""
+
+    @property
+    def is_cropped(self) -> bool:
+        """Whether any of them is not kept."""
+        return any(
+            kept.stop - kept.start < size for kept, size in zip(self.kept, self.shape, strict=True)
+        )
+
+
+def _place(slices: SliceRefs, plane: int, shape: tuple[int, ...]) -> _Place:
     row, column, row_step, column_step = slices.grid[plane]
-    top, bottom = _overhang(row, row_step, slices.rows[plane], shape[0])
-    left, right = _overhang(column, column_step, slices.columns[plane], shape[1])
-    return top, bottom, left, right
+    first_row, rows, kept_rows, stored_rows = _along(row, row_step, slices.rows[plane], shape[0])
+    first_column, columns, kept_columns, stored_columns = _along(
+        column, column_step, slices.columns[plane], shape[1]
+    )
+    return _Place(
+        grid=(
+            row + first_row * row_step,
+            column + first_column * column_step,
+            row_step,
+            column_step,
+        ),
+        shape=(rows, columns),
+        kept=(kept_rows, kept_columns),
+        stored=(stored_rows, stored_columns),
+    )
 
 
-def _overhang(origin: float, step: float, source: int, stored: int) -> tuple[int, int]:
-    """Stored pixels before the first and after the last whose centres lie in the source image."""
-    before = math.floor((origin + 0.5) / step)
-    after = math.ceil((source - 0.5 - origin) / step) - stored
-    return max(before, 0), max(after, 0)
+def _along(origin: float, step: float, source: int, stored: int) -> tuple[int, int, slice, slice]:
+    """Along one axis: the first stored pixel in the source, how many there are, and a _Place's."""
+    first, stop = math.ceil((-0.5 - origin) / step), math.ceil((source - 0.5 - origin) / step)
+    low = min(max(first, 0), stored)
+    high = max(min(stop, stored), low)
+    return first, stop - first, slice(low - first, high - first), slice(low, high)
 
 
-def _widened(
-    slices: SliceRefs, plane: int, shape: tuple[int, int]
-) -> tuple[tuple[float, float, float, float], tuple[int, int], tuple[slice, slice]]:
-    """The grid and shape with the margins added, and where the stored image lies in it."""
-    row, column, row_step, column_step = slices.grid[plane]
-    top, bottom, left, right = _margins(slices, plane, shape)
-    grid = (row - top * row_step, column - left * column_step, row_step, column_step)
-    wide = (shape[0] + top + bottom, shape[1] + left + right)
-    return grid, wide, (slice(top, top + shape[0]), slice(left, left + shape[1]))
-
-
-def _draw_bitmap(bitmap: Bitmap, slices: SliceRefs, masks: NDArray[Any]) -> int:
-    """Add one bitmap to the masks; returns its pixels that the stored image cuts off."""
-    target = masks[bitmap.plane]
-    bit = target.dtype.type(1 << bitmap.structure)
-    grid, wide, inside = _widened(slices, bitmap.plane, target.shape)
-    drawn = resample_mask(bitmap.mask, grid, wide)
-    kept = drawn[inside]
-    target[kept] |= bit
-    return int(np.count_nonzero(drawn) - np.count_nonzero(kept))
-
-
-def _cropped_by_rings(
-    contours: Contours, slices: SliceRefs, shape: tuple[int, int], structures: int, rule: str
-) -> Int64:
-    """(n, s) pixels of the rings' masks that the stored images cut off; `contours` are in pixels
-    of the source images.
-    """
-    cropped = np.zeros((len(slices), structures), np.int64)
+def _clear_padding(contours: Contours, slices: SliceRefs, masks: NDArray[Any]) -> None:
+    """Take out what rings draw beyond their source image: no pixel of it is there."""
     for plane in np.unique(contours.plane).tolist():
-        if not any(_margins(slices, plane, shape)):
-            continue
-        grid, wide, inside = _widened(slices, plane, shape)
-        rings = on_grid(contours.take(contours.plane == plane), np.tile(grid, (plane + 1, 1)))
-        mask = np.zeros((1, *wide), np.uint64)
-        rasterize_batch(replace(rings, plane=np.zeros(len(rings), np.int64)), mask, rule=rule)
-        mask[0][inside] = 0
-        for structure in np.unique(rings.structure).tolist():
-            bit = np.uint64(1 << structure)
-            cropped[plane, structure] = np.count_nonzero(mask & bit)
+        mask = masks[plane]
+        rows, columns = _place(slices, plane, mask.shape).stored
+        mask[: rows.start] = mask[rows.stop :] = 0
+        mask[:, : columns.start] = mask[:, columns.stop :] = 0
+
+
+def _uncropped(
+    contours: Contours, slices: SliceRefs, masks: NDArray[Any], rule: str
+) -> dict[int, NDArray[Any]]:
+    """By slice, where the stored image cuts something off: the mask of its whole source image.
+
+    `contours` are in pixels of the source images.
+    """
+    whole = {}
+    for plane in np.unique(contours.plane).tolist():
+        place = _place(slices, plane, masks.shape[1:])
+        if place.is_cropped:
+            rings = contours.take(contours.plane == plane)
+            rings = replace(rings, plane=np.zeros_like(rings.plane))
+            mask = np.zeros((1, *place.shape), masks.dtype)
+            rasterize_batch(on_grid(rings, np.array([place.grid])), mask, rule=rule)
+            whole[plane] = mask[0]
+    return whole
+
+
+def _draw_bitmap(
+    bitmap: Bitmap, slices: SliceRefs, masks: NDArray[Any], whole: dict[int, NDArray[Any]]
+) -> None:
+    """Add one bitmap to the mask of its slice, and to that of the whole source image."""
+    mask = masks[bitmap.plane]
+    bit = mask.dtype.type(1 << bitmap.structure)
+    place = _place(slices, bitmap.plane, mask.shape)
+    drawn = resample_mask(bitmap.mask, place.grid, place.shape)
+    mask[place.stored][drawn[place.kept]] |= bit
+    if place.is_cropped:
+        whole.setdefault(bitmap.plane, np.zeros(place.shape, mask.dtype))[drawn] |= bit
+
+
+def _cropped(
+    whole: Mapping[int, NDArray[Any]], slices: SliceRefs, shape: tuple[int, ...], structures: int
+) -> Int64:
+    """(n, s) pixels of the masks of whole source images that the stored images (shape) lack."""
+    cropped = np.zeros((len(slices), structures), np.int64)
+    for plane, mask in whole.items():
+        mask[_place(slices, plane, shape[1:]).kept] = 0
+        for structure in range(structures):
+            cropped[plane, structure] = np.count_nonzero(mask & mask.dtype.type(1 << structure))
     return cropped
 
 
@@ -278,14 +320,21 @@ def _digests(
 
 
 def _looked_at(
-    parts: list[tuple[str, AnnotationRefs, Drawn]], slices: SliceRefs, structures: int
+    parts: list[tuple[str, AnnotationRefs, Drawn]],
+    task: ChunkTask,
+    overlapping: Sequence[tuple[int, int]],
 ) -> NDArray[np.bool_]:
-    bits = np.array(slices.annotated, np.uint64)[:, None] >> np.arange(structures, dtype=np.uint64)
+    """(n, s) where a structure was looked for and nothing of it is lost."""
+    structures = np.arange(len(task.layout.structures), dtype=np.uint64)
+    bits = np.array(task.slices.annotated, np.uint64)[:, None] >> structures
     looked_at = (bits & np.uint64(1)).astype(bool)
     for _, refs, read in parts:
         for place, reason, _ in read.problems:
             if reason not in HARMLESS_REASONS:
                 looked_at[refs.plane[place], refs.structure[place]] = False
+    if task.layout.partial_overlap == "refuse":
+        for plane, structure in overlapping:
+            looked_at[plane, structure] = False
     return looked_at
 
 
@@ -294,15 +343,19 @@ def _problems(refs: AnnotationRefs, read: Drawn) -> Iterator[Problem]:
         yield Problem(refs.path[place], reason, detail)
 
 
+#: What each policy makes of rings that partly overlap, and what that is to the file.
+_OVERLAPS = {
+    "xor": (Reason.PARTIAL_OVERLAP, "what two of them cover is left out"),
+    "union": (Reason.PARTIAL_OVERLAP, "they were united"),
+    "refuse": (Reason.BAD_CONTOUR, "nothing was drawn"),
+}
+
+
 def _overlap_problems(task: ChunkTask, overlapping: Sequence[tuple[int, int]]) -> Iterator[Problem]:
     """One line for each structure and slice on which rings partly overlap."""
     policy = task.layout.partial_overlap
-    done = {
-        "xor": "what two of them cover is left out",
-        "union": "they were united",
-        "refuse": "nothing was drawn",
-    }
+    reason, done = _OVERLAPS[policy]
     for plane, structure in overlapping:
-        name, frame = task.layout.structures[structure], task.slices.frame[plane]
-        detail = f"frame {frame}: rings of {name} partly overlap; {done[policy]} ({policy})"
-        yield Problem(task.slices.path[plane], Reason.PARTIAL_OVERLAP, detail)
+        name, frame = task.layout.structures[structure], task.slices.frame[plane] + 1
+        detail = f"frame {frame}: rings of {name!r} partly overlap; {done} ({policy})"
+        yield Problem(task.slices.path[plane], reason, detail)

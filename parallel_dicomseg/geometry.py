@@ -47,7 +47,7 @@ def _along(vectors: Float64, direction: Float64) -> Float64:
     return total
 
 
-def to_pixels(points_patient: ArrayLike, plane: ArrayLike) -> tuple[Float64, Float64]:
+def to_pixels(points_patient: ArrayLike, plane: ArrayLike) -> Float64:
     """Project points onto one plane along its normal.
 
     Parameters
@@ -59,17 +59,16 @@ def to_pixels(points_patient: ArrayLike, plane: ArrayLike) -> tuple[Float64, Flo
 
     Returns
     -------
-    (p, 2) pixels as (column, row), integers at pixel centres, and (p,) mm above the plane, along
-    its normal. The inverse of DICOM PS3.3 equation C.7.6.2.1-1.
+    (p, 2) pixels as (column, row), integers at pixel centres. The inverse of DICOM PS3.3 equation
+    C.7.6.2.1-1.
     """
     plane = np.asarray(plane, np.float64)
     relative = np.asarray(points_patient, np.float64) - plane[:3]
     along_row, along_column = _duals(plane[3:6], plane[6:9])
-    columns, rows = (
-        _along(relative, along_row) / plane[10],
-        _along(relative, along_column) / plane[9],
-    )
-    return np.stack([columns, rows], axis=-1), _along(relative, normal_of(plane[3:9]))
+    columns_rows = np.empty((*relative.shape[:-1], 2))
+    columns_rows[..., 0] = _along(relative, along_row) / plane[10]
+    columns_rows[..., 1] = _along(relative, along_column) / plane[9]
+    return columns_rows
 
 
 def _duals(row_direction: Float64, column_direction: Float64) -> tuple[Float64, Float64]:

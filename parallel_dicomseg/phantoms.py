@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from pydicom import dcmwrite
+from pydicom import DataElement, dcmwrite
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as Items
 from pydicom.uid import (
@@ -363,19 +363,22 @@ def _pillars(at: _Middle) -> Solid:
 
 
 def parity_mask(points_column_row: ArrayLike, shape: tuple[int, int]) -> Mask:
-    """(rows, columns) pixels whose centre is inside one ring, said as plainly as possible.
+    """(rows, columns) pixels whose centre is inside one ring.
 
     Each edge turns over all pixels right of it, on the rows that it spans; float64 arithmetic.
     """
-    points = np.asarray(points_column_row, np.float64)
-    rows, columns = np.arange(shape[0]), np.arange(shape[1])
-    mask = np.zeros(shape, np.bool_)
-    for (x0, y0), (x1, y1) in zip(points, np.roll(points, -1, axis=0), strict=True):
-        met = rows[(min(y0, y1) <= rows) & (rows < max(y0, y1))]
-        if len(met):
-            crossing = x0 + (met - y0) * (x1 - x0) / (y1 - y0)
-            mask[met] ^= crossing[:, None] <= columns
-    return mask
+    points = np.asarray(points_column_row, np.float64).reshape(-1, 2)
+    (x0, y0), (x1, y1) = points.T, np.roll(points, -1, axis=0).T
+    first, after = np.clip(np.ceil(np.sort([y0, y1], axis=0)), 0, shape[0]).astype(np.int64)
+    edge = np.repeat(np.arange(len(points)), after - first)
+    row = np.arange(len(edge)) + (first - np.cumsum(after - first) + after - first)[edge]
+    crossing = x0[edge] + (row - y0[edge]) * (x1 - x0)[edge] / (y1 - y0)[edge]
+    column = np.clip(np.ceil(crossing), 0, shape[1]).astype(np.int64)
+    turns = np.zeros((shape[0], shape[1] + 1), np.uint8)
+    np.add.at(turns, (row, column), 1)
+    # overflows keep the parity
+    inside: Mask = (np.add.accumulate(turns, axis=1)[:, :-1] & 1).astype(np.bool_)
+    return inside
 
 
 # -------------------------------------------------------------------------------------- files
@@ -529,7 +532,9 @@ def _contour(
         item.ContourImageSequence = Items([_reference(names, k)])
     item.ContourGeometricType = geometric_type
     item.NumberOfContourPoints = len(points)
-    item.ContourData = [f"{x:.{decimals}f}" for x in points.ravel().tolist()]
+    text = "\\".join([f"{x:.{decimals}f}" for x in points.ravel().tolist()])
+    # one string: pydicom would make an object of every number
+    item.add(DataElement(0x30060050, "DS", text, already_converted=True))
     return item
 
 

@@ -22,7 +22,6 @@ or identifiers such as 001 lose their zeros.
 from __future__ import annotations
 
 import csv
-import io
 import json
 import math
 import os
@@ -30,9 +29,10 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +57,7 @@ from parallel_dicomseg.volumes import natural_key
 VERSION = 1
 SETTINGS, SLICES, ANNOTATIONS = "cohort.json", "slices.csv", "annotations.csv"
 HEADERS, PROBLEMS, SERIES = "headers.csv", "problems.csv", "series.csv"
+_FILES = {SETTINGS, SLICES, ANNOTATIONS, HEADERS, PROBLEMS, SERIES}
 PARTS = ("", "train", "validation", "test")
 _NOTE = "holds patient identities: keep it as you keep the images"
 
@@ -92,6 +93,10 @@ _RANGES = {
     "layer": (0, 2**31 - 1),
 }
 _ROWS_AT_ONCE = 1024
+
+_Columns = dict[str, list[str]]
+"""Cells by the column's name, all of equal length."""
+
 _INTEGER = re.compile(r"[+-]?[0-9]{1,19}")
 _MASK = re.compile(r"0[xX][0-9a-fA-F]{1,16}")
 _TRUTH = {"true": True, "false": False}
@@ -141,8 +146,29 @@ class _Table:
 
 
 def is_saved_scan(path: str | Path) -> bool:
-    """Whether a folder looks like one that `save_scan` wrote."""
-    return all((Path(path) / name).is_file() for name in (SETTINGS, SLICES, ANNOTATIONS))
+    """Whether a folder looks like one that `save_scan` wrote, though a table may be missing."""
+    return sum((Path(path) / name).is_file() for name in (SETTINGS, SLICES, ANNOTATIONS)) > 1
+
+
+def check_target(directory: str | Path, *, overwrite: bool = False) -> None:
+    """Refuse a folder that `save_scan` could not make or may not replace.
+
+    Raises
+    ------
+    ConfigurationError
+        It exists and may not be replaced, or there is no folder to make it in.
+    """
+    directory = Path(directory)
+    if not directory.parent.is_dir():
+        raise ConfigurationError(f"{directory.parent}: there is no such directory")
+    if not directory.exists():
+        return
+    if not (is_saved_scan(directory) and overwrite):
+        hint = "; --overwrite replaces it" if is_saved_scan(directory) else ""
+        raise ConfigurationError(f"{directory} exists{hint}")
+    foreign = sorted({path.name for path in directory.iterdir()} - _FILES)
+    if foreign:
+        raise ConfigurationError(f"{directory} also holds {foreign[0]}, which is not of a scan")
 
 
 def save_scan(cohort: Cohort, directory: str | Path, *, overwrite: bool = False) -> None:
@@ -155,7 +181,7 @@ def save_scan(cohort: Cohort, directory: str | Path, *, overwrite: bool = False)
     directory
         The folder to make. It appears under this name only when it is whole.
     overwrite
-        Replace a saved scan that is there; anything else is never replaced.
+        Replace a saved scan that is there and holds nothing else; else nothing is replaced.
 
     Raises
     ------
@@ -163,11 +189,7 @@ def save_scan(cohort: Cohort, directory: str | Path, *, overwrite: bool = False)
         The folder exists and may not be replaced, or cannot be made there.
     """
     directory = Path(directory)
-    if directory.exists() and not (overwrite and is_saved_scan(directory)):
-        hint = "; --overwrite replaces it" if is_saved_scan(directory) else ""
-        raise ConfigurationError(f"{directory} exists{hint}")
-    if not directory.parent.is_dir():
-        raise ConfigurationError(f"{directory.parent}: there is no such directory")
+    check_target(directory, overwrite=overwrite)
     try:
         made = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     except OSError as error:
@@ -183,32 +205,34 @@ def save_scan(cohort: Cohort, directory: str | Path, *, overwrite: bool = False)
 
 def _write_all(cohort: Cohort, folder: Path) -> None:
     slices, drawn = cohort.slices, cohort.annotations
-    ids = [str(k) for k in range(len(slices))]
-    _write_csv(folder / SLICES, {"id": ids} | dict(_slice_columns(slices)))
+    _write_csv(folder / SLICES, _in_blocks(len(slices), lambda rows: _slice_columns(slices, rows)))
     _write_csv(
         folder / ANNOTATIONS,
-        {
-            "id": _texts(drawn.slice),
-            "structure": [cohort.structures[k] for k in drawn.structure.tolist()],
-            **{name: _texts(getattr(drawn, name)) for name in _ANNOTATION_COLUMNS},
-        },
+        _in_blocks(len(drawn), lambda rows: _annotation_columns(cohort, drawn.take(rows))),
     )
-    headers = {
-        keyword: [_decoded(column.values[code]) for code in column.code.tolist()]
-        for keyword, column in cohort.headers.items()
-    }
-    _write_csv(folder / HEADERS, {"id": ids} | headers)
+    _write_csv(
+        folder / HEADERS,
+        _in_blocks(len(slices), lambda rows: _header_columns(cohort.headers, rows)),
+    )
     _write_csv(
         folder / PROBLEMS,
-        {
-            "path": [problem.path for problem in cohort.problems],
-            "reason": [problem.reason.value for problem in cohort.problems],
-            "detail": [problem.detail for problem in cohort.problems],
-            "structure": [problem.structure for problem in cohort.problems],
-        },
+        [
+            {
+                "path": [problem.path for problem in cohort.problems],
+                "reason": [problem.reason.value for problem in cohort.problems],
+                "detail": [problem.detail for problem in cohort.problems],
+                "structure": [problem.structure for problem in cohort.problems],
+            }
+        ],
     )
-    _write_csv(folder / SERIES, _series_columns(slices, drawn))
+    _write_csv(folder / SERIES, [_series_columns(slices, drawn)])
     _write_text(folder / SETTINGS, [json.dumps(_settings(cohort), indent=2), "\n"])
+
+
+def _in_blocks(rows: int, columns: Callable[[slice], _Columns]) -> Iterator[_Columns]:
+    """The columns of a table block by block, so that not all of its text is in memory at once."""
+    for start in range(0, max(rows, 1), _ROWS_AT_ONCE):
+        yield columns(slice(start, min(start + _ROWS_AT_ONCE, rows)))
 
 
 _ANNOTATION_COLUMNS = ("layer", "kind", "path", "offset", "length")
@@ -230,15 +254,34 @@ def _settings(cohort: Cohort) -> dict[str, Any]:
     }
 
 
-def _slice_columns(slices: SliceTable) -> Iterator[tuple[str, list[str]]]:
+def _slice_columns(slices: SliceTable, rows: slice) -> _Columns:
     """Every column of the table as text; one of several numbers becomes several, name_0 and on."""
+    columns = {"id": _ids_of(rows)}
     for field in fields(slices):
-        values = getattr(slices, field.name)
+        values = getattr(slices, field.name)[rows]
         if field.name in _WIDTHS:
             for k in range(_WIDTHS[field.name]):
-                yield f"{field.name}_{k}", _texts(values[:, k])
+                columns[f"{field.name}_{k}"] = _texts(values[:, k])
         else:
-            yield field.name, _texts(values)
+            columns[field.name] = _texts(values)
+    return columns
+
+
+def _annotation_columns(cohort: Cohort, drawn: AnnotationTable) -> _Columns:
+    structures = [cohort.structures[k] for k in drawn.structure.tolist()]
+    columns = {name: _texts(getattr(drawn, name)) for name in _ANNOTATION_COLUMNS}
+    return {"id": _texts(drawn.slice), "structure": structures, **columns}
+
+
+def _header_columns(headers: Headers, rows: slice) -> _Columns:
+    columns = {
+        keyword: _texts(column.values[column.code[rows]]) for keyword, column in headers.items()
+    }
+    return {"id": _ids_of(rows), **columns}
+
+
+def _ids_of(rows: slice) -> list[str]:
+    return [str(k) for k in range(rows.start, rows.stop)]
 
 
 def _texts(values: NDArray[Any]) -> list[str]:
@@ -289,11 +332,14 @@ def _spread(values: NDArray[Any]) -> str:
     return f"{low}" if low == high else f"{low}..{high}"
 
 
-def _write_csv(path: Path, columns: Mapping[str, Sequence[str]]) -> None:
+def _write_csv(path: Path, blocks: Iterable[_Columns]) -> None:
+    """One block of rows after another; the first one's names are the header."""
     with _private(path) as stream:
         writer = csv.writer(stream)
-        writer.writerow(columns)
-        writer.writerows(zip(*columns.values(), strict=True))
+        for k, columns in enumerate(blocks):
+            if k == 0:
+                writer.writerow(columns)
+            writer.writerows(zip(*columns.values(), strict=True))
 
 
 def _write_text(path: Path, parts: Iterable[str]) -> None:
@@ -433,27 +479,41 @@ def _is_counter(value: Any) -> bool:
 
 
 def _read_text(path: Path) -> str:
-    """A file's text; bytes that are no UTF-8 come back as they were on writing."""
+    with _opened(path) as stream:
+        return stream.read()
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[TextIO]:
+    """A text file; bytes that are no UTF-8 come back as they were on writing."""
     try:
-        return path.read_bytes().decode("utf-8-sig", "surrogateescape")
+        with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            yield stream
     except OSError as error:
         raise LayoutError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _read_csv(path: Path) -> _Table:
     """A table whose first line names the columns; blank lines are left out."""
-    reader = csv.reader(io.StringIO(_read_text(path), newline=""))
-    try:
-        header = next(reader, [])
-        if len(set(header)) != len(header):
-            raise LayoutError(f"{path}, line 1: a column is named twice")
-        lines: list[int] = []
-        columns: list[list[str]] = [[] for _ in header]
-        for rows in _blocks(path, reader, len(header), lines):
-            for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
-                column.extend(cells)
-    except csv.Error as error:
-        raise LayoutError(f"{path}, line {reader.line_num}: not a CSV table ({error})") from None
+    with _opened(path) as stream:
+        reader = csv.reader(stream)
+        try:
+            return _read_table(path, reader)
+        except csv.Error as error:
+            line = reader.line_num
+            raise LayoutError(f"{path}, line {line}: not a CSV table ({error})") from None
+
+
+def _read_table(path: Path, reader: Any) -> _Table:
+    header: list[str] = next(reader, [])
+    if len(set(header)) != len(header):
+        raise LayoutError(f"{path}, line 1: a column is named twice")
+    lines: list[int] = []
+    columns: list[list[str]] = [[] for _ in header]
+    known: dict[str, str] = {}  # equal cells are kept once: most columns hold few different ones
+    for rows in _blocks(path, reader, len(header), lines):
+        for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
+            column.extend(map(known.setdefault, cells, cells))
     return _Table(str(path), lines, dict(zip(header, columns, strict=True)))
 
 

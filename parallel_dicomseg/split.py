@@ -61,7 +61,7 @@ def split_patients(
     stratification of multi-label data", ECML PKDD), with one change: a part that is full takes no
     more patients, so that the parts have the sizes above.
     """
-    _check(fractions)
+    check_fractions(fractions)
     patients, row_patient = np.unique(patient_id, return_inverse=True)
     sizes = part_sizes(len(patients), fractions)
     lots = [_lot(patient, seed) for patient in patients.tolist()]
@@ -93,7 +93,14 @@ def part_sizes(patients: int, fractions: tuple[float, ...]) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def _check(fractions: tuple[float, ...]) -> None:
+def check_fractions(fractions: tuple[float, ...]) -> None:
+    """Refuse what is no split.
+
+    Raises
+    ------
+    ConfigurationError
+        The fractions are not one to three numbers from 0 to 1 that make 1.
+    """
     listed = " ".join(f"{fraction:g}" for fraction in fractions)
     if not 1 <= len(fractions) <= len(PARTS):
         raise ConfigurationError(f"split: {len(fractions)} fractions ({listed}), not one to three")

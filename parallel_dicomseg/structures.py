@@ -106,7 +106,7 @@ def choose(
     """
     if several not in SEVERAL:
         raise ConfigurationError(f"several: {several!r} is none of {', '.join(SEVERAL)}")
-    spelled = _spell(annotations, case_sensitive)
+    spelled = _spell([annotation.name for annotation in annotations], case_sensitive)
     groups, missing = _select(spelled, wanted, aliases)
     names: list[str] = []
     pairs: list[tuple[int, int, int]] = []
@@ -134,6 +134,18 @@ def choose(
         missing=missing,
         problems=tuple(problems),
     )
+
+
+def asked_for(
+    names: Iterable[str], wanted: tuple[str, ...], aliases: Aliases, case_sensitive: bool
+) -> frozenset[str]:
+    """Those of `names` that `choose` would make a structure of, were they all there."""
+    names = frozenset(names)
+    if not (wanted or aliases):
+        return names
+    spelled = _spell(names, case_sensitive)
+    keys = {key for item in wanted or aliases for key in _meant(spelled, item, aliases)[2]}
+    return frozenset(name for name in names if spelled.key(_clean(name)) in keys)
 
 
 def annotation_table(
@@ -225,9 +237,9 @@ def _same(name: str) -> str:
     return name
 
 
-def _spell(annotations: Sequence[Annotation], case_sensitive: bool) -> _Spelled:
+def _spell(names: Iterable[str], case_sensitive: bool) -> _Spelled:
     key = _same if case_sensitive else _fold
-    names = [_clean(annotation.name) for annotation in annotations]
+    names = [_clean(name) for name in names]
     spellings = Counter(names)
     # The most frequent spelling comes last and stays; of equals the first in natural order.
     by_count = sorted(sorted(spellings, key=natural_key, reverse=True), key=spellings.__getitem__)
@@ -267,20 +279,23 @@ def _select_wanted(
 
 def _match(spelled: _Spelled, item: str, aliases: Aliases) -> Iterator[tuple[str, list[str]]]:
     """The structures that one wanted item asks for, each with keys of names; none is empty."""
-    name, pattern = _parse(spelled, item)
-    by_key = {spelled.key(_clean(alias)): alias for alias in aliases}
-    alias = by_key.get(spelled.key(_clean(pattern)))
-    expression = _expression(pattern)
-    if alias is not None:
-        keys, name = _match_alias(spelled, alias, aliases[alias]), name or alias
-    else:
-        keys = _match_name(spelled, pattern)
+    name, pattern, keys = _meant(spelled, item, aliases)
     if not keys:
         raise _nowhere(f"no structure {item!r}", pattern, spelled)
-    if name or expression is None:
+    if name or _expression(pattern) is None:
         yield name or _clean(pattern), keys
     else:
         yield from ((spelled.shown[key], [key]) for key in keys)
+
+
+def _meant(spelled: _Spelled, item: str, aliases: Aliases) -> tuple[str, str, list[str]]:
+    """The structure's name ('': as spelled), what it is given to, and the keys that this means."""
+    name, pattern = _parse(spelled, item)
+    by_key = {spelled.key(_clean(alias)): alias for alias in aliases}
+    alias = by_key.get(spelled.key(_clean(pattern)))
+    if alias is None:
+        return name, pattern, _match_name(spelled, pattern)
+    return name or alias, pattern, _match_alias(spelled, alias, aliases[alias])
 
 
 def _parse(spelled: _Spelled, item: str) -> tuple[str, str]:
@@ -396,9 +411,10 @@ class _Images:
                 "an earlier name; left out"
             )
             return Problem(annotation.path, Reason.REPEATED, detail)
-        drawn = np.unique(annotation.slice)
-        others = self.drawn_by[drawn]
-        if count := int(((others > 0) & (others != file)).sum()):
+        others = self.drawn_by[annotation.slice]
+        met = (others > 0) & (others != file)
+        if met.any():
+            drawn, count = np.unique(annotation.slice), len(np.unique(annotation.slice[met]))
             detail = (
                 f"{annotation.name!r} is drawn on {len(drawn)} images, on {count} of which an "
                 "earlier file has drawn this structure already; left out"

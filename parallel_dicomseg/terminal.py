@@ -29,6 +29,7 @@ from parallel_dicomseg.records import (
     Summary,
 )
 from parallel_dicomseg.report.inspection import LISTED_PROBLEMS, printable
+from parallel_dicomseg.split import PARTS
 
 Watch = Callable[[Progress], None]
 
@@ -82,7 +83,7 @@ class Inventory:
     looked_for: dict[str, int]
     """Images on which somebody looked for each structure, drawn or not."""
     split: dict[str, Extent]
-    """By part; empty without a split."""
+    """By part, also one without patients; empty without a split."""
     found_by: dict[str, int]
     """Annotations by the way in which their images were found."""
     annotations_without_images: int
@@ -96,7 +97,6 @@ def take_inventory(cohort: Cohort) -> Inventory:
     """Count what is in a cohort."""
     slices, reasons = cohort.slices, Counter(problem.reason for problem in cohort.problems)
     syntaxes = Counter(_texts(slices.transfer_syntax_uid))
-    missing = missing_decoders(syntaxes)
     drawn, looked_for = _structures(cohort)
     return Inventory(
         source=cohort.source,
@@ -110,16 +110,12 @@ def take_inventory(cohort: Cohort) -> Inventory:
         pixel_spacings=_most_common(map(_spacing_text, slices.pixel_spacing.tolist())),
         slice_distances=_most_common(map(_distance_text, _slice_distances(slices))),
         transfer_syntaxes={_syntax_name(uid): count for uid, count in syntaxes.most_common()},
-        missing_decoders={_syntax_name(uid): what for uid, what in missing.items()},
+        missing_decoders=undecodable(slices),
         structures=drawn,
         spelled=cohort.spelled,
         other_structures=cohort.unmatched,
         looked_for=looked_for,
-        split={
-            part: _extent(slices, np.flatnonzero(slices.split == part.encode()))
-            for part in _most_common(_texts(slices.split))
-            if part
-        },
+        split=_parts(slices),
         found_by=cohort.found_by,
         annotations_without_images=(
             reasons[Reason.ANNOTATION_WITHOUT_IMAGES] + reasons[Reason.CONTOUR_WITHOUT_IMAGE]
@@ -155,6 +151,13 @@ def _syntax_name(uid: str) -> str:
     return DECODERS[uid].name if uid in DECODERS else uid
 
 
+def undecodable(slices: SliceTable) -> dict[str, str]:
+    """What to do, by the name of each transfer syntax that cannot be decoded here."""
+    missing = missing_decoders(_texts(np.unique(slices.transfer_syntax_uid)))
+    named = {_syntax_name(uid): what for uid, what in missing.items()}
+    return {name: what.removeprefix(f"{name}: ") for name, what in named.items()}
+
+
 def _slice_distances(slices: SliceTable) -> Iterator[float | None]:
     """The median distance of each volume's slices along its normal; None for a single one."""
     heads = np.flatnonzero(np.diff(slices.volume, prepend=-1))
@@ -172,6 +175,13 @@ def _extent(slices: SliceTable, rows: NDArray[Any]) -> Extent:
         volumes=_different(slices.volume[rows]),
         patients=_different(slices.patient_id[rows]),
     )
+
+
+def _parts(slices: SliceTable) -> dict[str, Extent]:
+    """How much is in each part of a split."""
+    if not (slices.split != b"").any():
+        return {}
+    return {part: _extent(slices, np.flatnonzero(slices.split == part.encode())) for part in PARTS}
 
 
 def _structures(cohort: Cohort) -> tuple[dict[str, Extent], dict[str, int]]:
@@ -264,7 +274,8 @@ def render_summary(summary: Summary) -> str:
     structures = dict(zip(summary.structures, summary.annotated, strict=True))
     rate = f" ({summary.slices / summary.seconds:,.0f} slices/s)" if summary.seconds > 0 else ""
     rejected = [problem for problem in summary.problems if problem.is_rejection]
-    beside = [problem for problem in summary.problems if not problem.is_rejection]
+    harmless = [problem for problem in summary.problems if not problem.is_rejection]
+    beside = {reason: len(found) for reason, found in _by_reason(harmless).items()}
     rows = [
         ("output", summary.output),
         ("slices", f"{summary.slices} of {summary.rows} x {summary.columns} pixels"),
@@ -275,7 +286,7 @@ def render_summary(summary: Summary) -> str:
         ("time", f"{summary.seconds:.2f} s{rate}"),
         ("flagged", "" if summary.flagged else "nothing"),
         *((f"  {flag}", str(count)) for flag, count in summary.flagged.items()),
-        ("reported", _counts({r: len(found) for r, found in _by_reason(beside).items()})),
+        *([("harmless", _counts(beside))] if beside else []),
         ("rejected", str(len(rejected) or "nothing")),
     ]
     return "\n".join(

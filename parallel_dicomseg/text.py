@@ -92,6 +92,33 @@ def parse_decimals(raw: NDArray[np.uint8]) -> Float64:
     return values
 
 
+def parse_decimal_lists(
+    raw: NDArray[np.uint8], offsets: Int64
+) -> tuple[Float64, Int64, NDArray[np.bool_]]:
+    r"""The numbers of r decimal strings that stand one after another, in one go.
+
+    Parameters
+    ----------
+    raw : (b,) uint8
+        Bytes of all strings: numbers with one backslash between them, blanks round each, and blanks
+        or NULs at the end (DICOM PS3.5 6.2, VR DS).
+    offsets : (r + 1,) int64
+        String k is raw[offsets[k]:offsets[k + 1]].
+
+    Returns
+    -------
+    (n,) float64
+        All numbers, each bit-equal to Python's `float` of its token.
+    (r + 1,) int64
+        Where the numbers of each string begin; none where it is not known.
+    (r,) bool
+        Whether it is known. It is not where the string is empty or anything else than said above,
+        where a number is beyond `MAX_COORDINATE`, or needs more than the kernel's arithmetic:
+        `parse_decimals` decides.
+    """
+    return _decimal_lists(raw, offsets)
+
+
 def read_contour_files(paths: Sequence[str], folder: str = "") -> ContourFiles:
     """Read text files of one outline each: a line per point, column then row.
 
@@ -399,6 +426,64 @@ def _decimals(
         if expected and (raw[position] == ord(",") or raw[position] == ord("\\")):
             position = _skip_space(raw, position + 1, stop, True)
     return values[:count].copy(), starts[:count].copy(), known[:count].copy()
+
+
+@kernel
+def _decimal_lists(
+    raw: NDArray[np.uint8], offsets: NDArray[np.int64]
+) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.bool_]]:
+    """See `parse_decimal_lists`.
+
+    The usual number is read here and not in a function of its own: calls would double the time.
+    """
+    # a number takes two bytes, the last one of each string one
+    values = np.empty((raw.size + offsets.size) // 2 + 1, np.float64)
+    starts = np.zeros_like(offsets)
+    known = np.zeros(offsets.size - 1, np.bool_)
+    for k in range(known.size):
+        position, stop = offsets[k], offsets[k + 1]
+        while stop > position and (raw[stop - 1] == ord(" ") or raw[stop - 1] == 0):
+            stop -= 1
+        count = starts[k]
+        # so that a backslash at the very end is followed by a number that is not there
+        known[k] = position < stop and raw[stop - 1] != ord("\\")
+        while known[k] and position < stop:
+            first = position
+            negative = raw[position] == ord("-")
+            position += negative
+            mantissa, digits, places = 0, 0, 0
+            while position < stop and ord("0") <= raw[position] <= ord("9"):
+                mantissa = mantissa * 10 + int(raw[position]) - ord("0")
+                digits += 1
+                position += 1
+            if position < stop and raw[position] == ord("."):
+                position += 1
+                places = position
+                while position < stop and ord("0") <= raw[position] <= ord("9"):
+                    mantissa = mantissa * 10 + int(raw[position]) - ord("0")
+                    position += 1
+                places = position - places
+            if 1 <= digits + places <= 15 and (position == stop or raw[position] == ord("\\")):
+                value = mantissa / _POWERS_OF_TEN[places]
+                values[count] = -value if negative else value
+            else:
+                values[count], position, known[k] = _scan_item(raw, first, stop)
+            known[k] &= abs(values[count]) <= MAX_COORDINATE
+            count += 1
+            position += 1
+        starts[k + 1] = count if known[k] else starts[k]
+    return values[: starts[-1]], starts, known
+
+
+@kernel
+def _scan_item(raw: NDArray[np.uint8], start: int, stop: int) -> tuple[float, int, bool]:
+    """The number at `raw[start:stop]` up to a backslash, blanks round it: as `_scan_number`."""
+    first = _skip_space(raw, start, stop, False)
+    if first == stop:
+        return 0.0, stop, False
+    value, end, certain = _scan_number(raw, first, stop)
+    end = _skip_space(raw, end, stop, False)
+    return value, end, certain and (end == stop or raw[end] == ord("\\"))
 
 
 @kernel

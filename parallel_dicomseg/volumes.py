@@ -17,6 +17,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.dicom.decoders import (
+    DEFLATED_LITTLE_ENDIAN,
+    EXPLICIT_BIG_ENDIAN,
+    EXPLICIT_LITTLE_ENDIAN,
+    IMPLICIT_LITTLE_ENDIAN,
+)
 from parallel_dicomseg.geometry import normal_of
 from parallel_dicomseg.records import Bytes, Float64, Int32, Int64, Problem, Reason, SliceTable
 
@@ -33,6 +39,19 @@ TILT = 1.0
 _FARTHEST, _LARGEST_COSINE, _SMALLEST_NORMAL = 1e6, 1.1, 0.1
 # Where a file lies, and what the scan has not filled in: no part of what a file says.
 _NOT_OF_THE_FILE = frozenset({"path", "patient_id", "pixel_offset", "volume", "annotated", "split"})
+# How a file writes the same image down; of colour also the photometric interpretation.
+_ENCODING = frozenset({"file_size", "pixel_length", "transfer_syntax_uid"})
+_COLOR_SAMPLES = 3
+# Transfer syntaxes whose pixels are no codestream (DICOM PS3.5 A.1 to A.3, A.5).
+_NATIVE = frozenset(
+    uid.encode()
+    for uid in (
+        IMPLICIT_LITTLE_ENDIAN,
+        EXPLICIT_LITTLE_ENDIAN,
+        EXPLICIT_BIG_ENDIAN,
+        DEFLATED_LITTLE_ENDIAN,
+    )
+)
 _DIGITS = re.compile(r"([0-9]+)")
 
 Bool = NDArray[np.bool_]
@@ -109,9 +128,9 @@ def order_volumes(images: SliceTable) -> Ordered:
     """
     if not len(images):
         return Ordered(np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.bool_), ())
+    copied, copies = _find_copies(images)
     in_path_order = np.lexsort((images.frame, images.path))
-    copied, copies = _find_copies(images, in_path_order)
-    kept = in_path_order[~copied]
+    kept = in_path_order[~copied[in_path_order]]
     rows = _group(images, kept)
     keys = (rows.stack, rows.series, rows.study[rows.series], rows.patient)
     order = np.lexsort((rows.height, rows.time, *keys))
@@ -297,20 +316,24 @@ def _times(images: SliceTable, kept: Int64, spot: Int64) -> Int64:
 # Copies
 
 
-def _find_copies(images: SliceTable, order: Int64) -> tuple[Bool, list[Problem]]:
+def _find_copies(images: SliceTable) -> tuple[Bool, list[Problem]]:
     """Files that hold an image of the same patient again.
+
+    Kept is the first path that is not compressed, else the first path.
 
     Returns
     -------
-    (n,) in `order`, which is path order, whether the row is left out; and one problem per file.
+    (n,) whether the row is left out; and one problem per file.
     """
+    order = np.lexsort((images.frame, images.path, _is_compressed(images.transfer_syntax_uid)))
     uid = images.sop_instance_uid[order]
     instance = _same(_codes(uid)[0], _codes(images.patient_id[order])[0])
     file = np.cumsum(_changes(images.path[order])) - 1
-    copied = (uid != b"") & (file != file[instance])
-    copies = np.flatnonzero(copied)
+    copied = np.zeros(len(images), np.bool_)
+    copies = np.flatnonzero((uid != b"") & (file != file[instance]))
     if not len(copies):
         return copied, []
+    copied[order[copies]] = True
     same_frame = _same(images.frame[order], instance)[copies]
     lost = file[same_frame] != file[instance[copies]]
     differing = _differences(images, order[copies], order[same_frame], lost)
@@ -318,31 +341,59 @@ def _find_copies(images: SliceTable, order: Int64) -> tuple[Bool, list[Problem]]
     return copied, [_copy(images, order[row], order[instance[row]], differing) for row in first]
 
 
+def _is_compressed(transfer_syntax_uid: Bytes) -> Bool:
+    """(n,) whether pixels are encapsulated (DICOM PS3.5 A.4)."""
+    code, values = _codes(transfer_syntax_uid)
+    compressed: Bool = np.array([value not in _NATIVE for value in values.tolist()], np.bool_)
+    return compressed[code]
+
+
 def _differences(images: SliceTable, left: Int64, right: Int64, lost: Bool) -> dict[bytes, str]:
     """Path of each file with a row in `left` that is not as that in `right` -> which column."""
     found = dict.fromkeys(images.path[left[lost]].tolist(), "number_of_frames")
-    for name in (field.name for field in fields(images) if field.name not in _NOT_OF_THE_FILE):
-        a, b = getattr(images, name)[left], getattr(images, name)[right]
-        unequal = a != b
-        if a.dtype.kind == "f":
-            unequal &= ~(np.isnan(a) & np.isnan(b))
-        rows = unequal.reshape(len(left), -1).any(axis=1)
+    names = {field.name for field in fields(images)} - _NOT_OF_THE_FILE - _ENCODING
+    for name in sorted(names):
+        rows = _unequal(images, name, left, right)
         for path in images.path[left[rows]].tolist():
             found.setdefault(path, name)
     return found
 
 
+def _unequal(images: SliceTable, name: str, left: Int64, right: Int64) -> Bool:
+    """(k,) whether two rows differ in a column; what NaN stands for is equal."""
+    a, b = getattr(images, name)[left], getattr(images, name)[right]
+    unequal = a != b
+    if a.dtype.kind == "f":
+        unequal &= ~(np.isnan(a) & np.isnan(b))
+    rows: Bool = unequal.reshape(len(left), -1).any(axis=1)
+    if name == "photometric_interpretation":  # YBR_RCT is how JPEG 2000 writes RGB down
+        samples = images.samples_per_pixel
+        rows &= (samples[left] != _COLOR_SAMPLES) | (samples[right] != _COLOR_SAMPLES)
+    return rows
+
+
 def _copy(images: SliceTable, row: int, original: int, differing: dict[bytes, str]) -> Problem:
     path = bytes(images.path[row])
-    same = "the same (0008,0018) SOP Instance UID as an earlier file of the patient"
+    same = "the same (0008,0018) SOP Instance UID as another file of the patient"
     if (name := differing.get(path)) is None:
-        detail = f"{same}, the same size and header"
-        return Problem(os.fsdecode(path), Reason.REPEATED, detail)
+        return Problem(
+            os.fsdecode(path), Reason.REPEATED, f"{same}; {_likeness(images, row, original)}"
+        )
     column = getattr(images, name)
     what = f"another {name}"
     if column.dtype.kind in "iuf":
         what = f"{name} {_text(column[row])} instead of {_text(column[original])}"
     return Problem(os.fsdecode(path), Reason.DUPLICATE, f"{same}, but {what}")
+
+
+def _likeness(images: SliceTable, row: int, original: int) -> str:
+    """What is alike of two files of one image."""
+    if images.transfer_syntax_uid[row] != images.transfer_syntax_uid[original]:
+        return "the same header in another encoding (transfer syntax)"
+    sizes = images.file_size[[row, original]].tolist()
+    if sizes[0] != sizes[1]:
+        return f"the same header, {sizes[0]} bytes instead of {sizes[1]}"
+    return "the same size and header"
 
 
 def _text(numbers: NDArray[Any]) -> str:

@@ -86,6 +86,26 @@ def test_images_that_pydicom_reads_are_in_the_file(
         assert not can_decode(shared_data / problem.path), problem
 
 
+def test_copies_that_are_called_repeated_show_the_same_image(shared_data: Path) -> None:
+    """What is harmless loses nothing: pydicom decodes copy and kept image to equal pixels."""
+    root = shared_data / "transfer_syntax"
+    cohort = scan_cohort(root, options=ScanOptions(include_unannotated=True))
+    uids, paths = cohort.slices.sop_instance_uid.tolist(), cohort.slices.path.tolist()
+    kept = dict(zip(uids, paths, strict=True))
+    compared = 0
+    for path in (p.path for p in cohort.problems if p.reason == Reason.REPEATED):
+        if not can_decode(root / path):
+            continue
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            copy = pydicom.dcmread(root / path)
+            image = pydicom.dcmread(root / os.fsdecode(kept[copy.SOPInstanceUID.encode()]))
+            assert np.array_equal(copy.pixel_array, image.pixel_array), path
+        compared += 1
+
+    assert compared > 20
+
+
 def can_decode(path: Path) -> bool:
     """Whether pydicom gives pixels."""
     with warnings.catch_warnings():

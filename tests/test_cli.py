@@ -51,7 +51,8 @@ from parallel_dicomseg.terminal import (
     size_text,
 )
 
-COMMANDS = ("demo", "scan", "convert", "inspect", "verify")
+COMMANDS = ("demo", "scan", "convert", "inspect", "verify", "export")
+EXPORTS = ("export nifti", "export nnunet")
 SUMMARY = Summary(
     output="out.h5",
     slices=20,
@@ -109,10 +110,10 @@ def break_one_image(directory: Path) -> Path:
 # --- help and settings
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", [*COMMANDS, *EXPORTS])
 def test_every_command_has_help_with_an_example(name: str) -> None:
     """The help of each command ends with an example that calls it."""
-    text = run(name, "--help").stdout
+    text = run(*name.split(), "--help").stdout
 
     assert "Example:\n" in text
     assert f"  parallel-dicomseg {name}" in text.partition("Example:\n")[2]
@@ -189,6 +190,17 @@ def test_structures_may_be_repeated_or_separated_by_commas() -> None:
         (["convert", "--memory-limit", "much"], "'much': expected a number of bytes"),
         (["convert", "--scheduler", "thread"], "did you mean threads?"),
         (["convert", "--structures", "i,i"], "one of them stands there twice"),
+        (["convert", "--structures", ""], "scan.structures = '': expected a list of different"),
+        (["convert", "--spacing", "0", "1"], "'0', '1': expected one or two numbers above 0"),
+        (["convert", "--spacing", "wide"], "convert.spacing = 'wide': expected one or two numbers"),
+        (["convert", "--size", "1.5"], "convert.size = '1.5': expected one or two whole numbers"),
+        (["scan", ".", "--split", "0.5", "0.6"], "split: 0.5 0.6 make 1.1"),
+        (["scan", ".", "--aliases", "none.toml"], "none.toml: cannot be read (No such file"),
+        (["scan", ".", "--source", "nobody"], "source 'nobody' is unknown; there are: auto"),
+        (["scan", "nowhere", "--save", "no/where"], "error: no: there is no such directory"),
+        (["convert", __file__, "-o", "x.h5"], "test_cli.py: not a directory"),
+        (["export", "nifti", "none.h5", "x"], "error: none.h5: no such file"),
+        (["inspect", "none.h5", "--tag", "EchoTime"], "error: none.h5: no such file"),
         (["inspect", "none.h5"], "error: none.h5"),
         (["verify", "none.h5"], "error: none.h5"),
     ],
@@ -353,7 +365,7 @@ def test_a_rejected_slice_gives_status_1_and_is_told(cohort: Path) -> None:
 
     assert (done.exit_code, allowed.exit_code, strict.exit_code) == (1, 0, 1)
     assert "exit status 1: 1 rejected, 0 allowed (--max-rejected)" in done.stdout
-    assert re.search(r"^reported +image-rejected: \d", done.stdout, re.MULTILINE)
+    assert re.search(r"^harmless +image-rejected: \d", done.stdout, re.MULTILINE)
     assert image.relative_to("broken").as_posix() in done.stdout
     assert "exit status" not in allowed.stdout
     assert strict.stderr.splitlines()[-1].startswith("error: ")
@@ -384,6 +396,24 @@ def test_a_foreign_config_ini_stops_nothing(cohort: Path) -> None:
     assert run("scan", cohort).exit_code == 0
     assert run("convert", cohort, "-o", "out.h5").exit_code == 0
     assert run("scan", cohort, "--config", "config.ini").exit_code == 2
+
+
+def test_missing_decoders_are_told_by_scan_and_before_a_conversion(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What to install is known from the headers; then nothing is converted, and nothing hidden."""
+    from parallel_dicomseg.dicom import decoders
+
+    monkeypatch.setattr(decoders, "_is_importable", lambda package: package != "imagecodecs")
+    source = shared_data / "transfer_syntax/dicom2nifti/generic/compressed_j2k"
+    needed = 'JPEG 2000 Lossless: pip install "parallel_dicomseg[decoders]"'
+    scanned = run("scan", source, "--include-unannotated")
+    done = run("convert", source, "-o", "out.h5", "--include-unannotated")
+
+    assert re.search(rf"^not decodable here +{re.escape(needed)}$", scanned.stdout, re.MULTILINE)
+    assert done.exit_code == 1
+    assert done.stderr.index(f"not decodable here: {needed}") < done.stderr.index("convert: ")
+    assert not Path("out.h5").exists()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="names are UTF-8 on other systems")
@@ -418,6 +448,108 @@ def test_inspect_speaks_of_the_file(converted: Path) -> None:
 
     assert "center" in text
     assert "center" in found
+
+
+def test_inspect_tells_the_values_of_tags(converted: Path) -> None:
+    """A keyword and a number, in words and as JSON; one that nobody has ends with status 2."""
+    words = ["inspect", converted, "--tag", "Modality", "--tag", "0028,0030"]
+    text, found = run(*words).stdout, json.loads(run(*words, "--json").stdout)
+    unknown = run("inspect", converted, "--tag", "PatientName")
+
+    assert re.search(r"patient-1 +MR +MR \(4\) +4$", text, re.MULTILINE)
+    assert [one["keyword"] for one in found] == ["Modality", "PixelSpacing"]
+    assert (unknown.exit_code, unknown.stdout) == (2, "")
+    assert "no image has PatientName" in unknown.stderr
+
+
+def test_nifti_is_exported(converted: Path) -> None:
+    """Image and mask per volume hold what the file holds; an export is replaced only on request."""
+    nibabel = pytest.importorskip("nibabel")
+    words = ["export", "nifti", converted, "nifti", "--structures", "i"]
+    report = json.loads(run(*words, "--json").stdout)
+    again = run(*words)
+    replaced = run(*words, "--masks", "labels", "--overwrite")
+    with h5py.File(converted) as file:
+        masks = file["masks"][:4] & 1
+
+    assert len(report["files"]) == 4
+    assert (again.exit_code, "nifti exists; --overwrite" in again.stderr) == (2, True)
+    assert replaced.stdout == "nifti: 4 files of 2 volumes\n"
+    labels = nibabel.load("nifti/patient-1_volume-0_labels.nii.gz")
+    assert np.array_equal(np.asarray(labels.dataobj), masks.T)
+
+
+def test_a_dataset_for_nnunet_is_exported(converted: Path) -> None:
+    """The raw layout, with what could not be carried over told; a wrong number ends with 2."""
+    Path("raw").mkdir()
+    words = ["export", "nnunet", converted, "raw", "--name", "Heart", "--dataset-id"]
+    done, wrong = run(*words, 7, "--structures", "o,i"), run(*words, 1000)
+    made = json.loads(Path("raw/Dataset007_Heart/dataset.json").read_text())
+
+    assert done.exit_code == 0
+    assert done.stdout.startswith("raw/Dataset007_Heart: 4 files of 2 volumes\n")
+    assert "are in several structures" in done.stdout
+    assert made["numTraining"] == 2
+    assert {name: made["labels"][name] for name in ("o", "i")} == {"o": 1, "i": 2}
+    assert (wrong.exit_code, wrong.stdout) == (2, "")
+
+
+# --- saved scans
+
+
+def test_a_saved_scan_is_edited_listed_and_converted(cohort: Path) -> None:
+    """What the tables say after the edit is listed by scan and converted."""
+    run("scan", cohort, "--save", "scanned", "--split", "0.5", "0.5")
+    table = Path("scanned/slices.csv")
+    lines = table.read_text().splitlines(keepends=True)
+    table.write_text("".join(lines[:-1]))
+    found = json.loads(run("scan", "scanned", "--json").stdout)
+    done = json.loads(run("convert", "scanned", "-o", "out.h5", "--json").stdout)
+
+    assert found["images"] == done["slices"] == 7
+    assert {part: of["patients"] for part, of in found["split"].items()} == {
+        "train": 1,
+        "validation": 1,
+        "test": 0,
+    }
+
+
+def test_options_of_the_scan_are_refused_where_it_was_made_before(cohort: Path) -> None:
+    """They would do nothing, and a user would believe in a split that is not there."""
+    run("scan", cohort, "--save", "scanned")
+    words = ["convert", "scanned", "-o", "out.h5"]
+    refused = run(*words, "--split", "0.5", "0.5", "--structures", "i")
+
+    assert (refused.exit_code, refused.stdout) == (2, "")
+    assert "scanned is a saved scan, to which --structures, --split belonged" in refused.stderr
+    assert run(*words, "--workers", "1").exit_code == 0
+
+
+def test_damage_of_a_saved_scan_is_named(cohort: Path) -> None:
+    """A missing table, and a cohort that has moved."""
+    shutil.copytree(cohort, "moved")
+    run("scan", "moved", "--save", "scanned")
+    shutil.rmtree("moved")
+    moved = run("convert", "scanned", "-o", "out.h5")
+    Path("scanned/slices.csv").unlink()
+    lost = run("convert", "scanned", "-o", "out.h5")
+
+    assert (moved.exit_code, lost.exit_code) == (2, 2)
+    assert re.search(r"cohort\.json: root: there is no directory .*moved; say", moved.stderr)
+    assert "scanned/slices.csv: cannot be read (No such file" in lost.stderr
+
+
+def test_where_tables_cannot_go_is_told_before_the_scan(cohort: Path) -> None:
+    """Nothing is read in vain, and what else lies in the folder is not deleted."""
+    run("scan", cohort, "--save", "scanned")
+    Path("scanned/notes.xlsx").write_text("mine")
+    again = run("scan", cohort, "--save", "scanned")
+    foreign = run("scan", cohort, "--save", "scanned", "--overwrite")
+
+    assert again.stderr == "error: scanned exists; --overwrite replaces it\n"
+    assert foreign.stderr == "error: scanned also holds notes.xlsx, which is not of a scan\n"
+    assert (again.exit_code, foreign.exit_code) == (2, 2)
+    assert Path("scanned/notes.xlsx").read_text() == "mine"
 
 
 def test_verify_accepts_a_sound_file_and_finds_a_broken_one(converted: Path) -> None:
@@ -632,7 +764,7 @@ def test_rejections_are_listed_up_to_ten() -> None:
     assert "  pixel-data-short: dicoms/9.dcm: 9 bytes of 8192\n" in text
     assert "dicoms/10.dcm" not in text
     assert "  and 2 more, see `parallel-dicomseg inspect out.h5`" in text
-    assert re.search(r"^reported +stray-file: 1$", text, re.MULTILINE)
+    assert re.search(r"^harmless +stray-file: 1$", text, re.MULTILINE)
     assert text.endswith("exit status 1: 12 rejected, 3 allowed (--max-rejected)")
 
 

@@ -230,6 +230,25 @@ def test_patients_without_a_name_are_their_studies(tmp_path: Path) -> None:
     assert_in_order(cohort)
 
 
+def test_a_series_without_a_patient_is_not_torn_apart(tmp_path: Path) -> None:
+    """Studies that share a series are one patient, over any chain of them; others are not."""
+    for k, name in enumerate("abc"):
+        series(tmp_path / name, {"Heart": [1]}, "", k)
+    of_a, of_b = (sorted((tmp_path / name / "images").iterdir()) for name in "ab")
+    shared = pydicom.dcmread(of_a[0]).SeriesInstanceUID
+    for k, path in enumerate(of_a):
+        edit(path, StudyInstanceUID=f"1.2.3.{9 - k}")
+    edit(of_b[-1], SeriesInstanceUID=shared)
+    cohort = scan(tmp_path, include_unannotated=True, split=(0.5, 0.5))
+    patients: dict[str, set[bytes]] = {}
+    for path, patient in zip(cohort.slices.path, cohort.slices.patient_id, strict=True):
+        patients.setdefault("c" if path.startswith(b"c") else "a and b", set()).add(patient)
+
+    assert [len(names) for names in patients.values()] == [1, 1]
+    assert patients["c"] != patients["a and b"]
+    assert_in_order(cohort)
+
+
 def test_copies_of_images_are_told_and_left_out(tmp_path: Path) -> None:
     """An image that lies there twice is converted once, whole series included."""
     series(tmp_path / "a", {"Heart": [1]}, "P1", 1)
@@ -238,6 +257,60 @@ def test_copies_of_images_are_told_and_left_out(tmp_path: Path) -> None:
 
     assert len(cohort.slices) == 4
     assert reasons(cohort.problems) == {f"copy/{k:04d}.dcm": {"repeated"} for k in range(4)}
+
+
+def test_other_images_under_one_uid_are_rejected_only_where_something_is_converted(
+    tmp_path: Path,
+) -> None:
+    """A rival of an image is a rejection; that of a series nobody asked for harms nobody."""
+    series(tmp_path / "a", {"Heart": [1]}, "P1", 1)
+    rival = tmp_path / "rival.dcm"
+    shutil.copy(tmp_path / "a/images/0002.dcm", rival)
+    edit(rival, ImagePositionPatient=[0, 0, 999])
+    series(tmp_path / "b", {"Liver": [1]}, "P2", 2)
+    heart, liver = (scan(tmp_path, structures=(name,)) for name in ("Heart", "Liver"))
+    told = {problem.path: problem for problem in liver.problems}[rival.name]
+
+    assert reasons(heart.problems)[rival.name] == {"duplicate"}
+    assert not told.is_rejection
+    assert told.detail.endswith("nothing of its series is converted")
+
+
+def test_problems_of_structures_that_nobody_asked_for_are_not_told(tmp_path: Path) -> None:
+    """A bad contour costs a run only where its structure is asked for, however it is spelled, and
+    also where nothing of its file is left.
+    """
+    series(tmp_path / "a", {"Heart": [1], "Lung": [1]}, "P1", 1)
+    series(tmp_path / "b", {"HEART ": [1]}, "P2", 2)
+    for name, roi in (("a", 1), ("b", 0)):
+        path = tmp_path / name / "rtstruct.dcm"
+        dataset = pydicom.dcmread(path)
+        for contour in dataset.ROIContourSequence[roi].ContourSequence:
+            contour.ContourGeometricType = "CIRCLE"
+        dataset.save_as(path)
+    lost = {
+        name: {p.path for p in scan(tmp_path, structures=(name,)).problems if p.is_rejection}
+        for name in ("heart", "/lung/", "new=Heart")
+    }
+
+    assert lost == {
+        "heart": {"b/rtstruct.dcm"},
+        "/lung/": {"a/rtstruct.dcm"},
+        "new=Heart": {"b/rtstruct.dcm"},
+    }
+
+
+def test_a_real_series_of_three_studies_is_one_volume(shared_data: Path) -> None:
+    """No PatientID, a study per image: one patient all the same, in the order of positions."""
+    options = ScanOptions(include_unannotated=True)
+    cohort = scan_cohort(shared_data / "rtstruct_odd/rt_utils", options=options)
+    studies = cohort.slices.study_instance_uid
+    mine = np.isin(cohort.slices.rows, [50]) & (cohort.slices.columns == 100)
+
+    assert len(set(studies[mine].tolist())) == 3
+    assert len(set(cohort.slices.patient_id[mine].tolist())) == 1
+    assert len(set(cohort.slices.volume[mine].tolist())) == 1
+    assert np.ptp(np.flatnonzero(mine)) == 2
 
 
 def test_one_bad_file_costs_itself(tmp_path: Path) -> None:

@@ -360,6 +360,8 @@ def test_lists_of_numbers_are_read_from_numbers_and_texts(
         ("convert.spacing", "wide"),
         ("convert.size", [1.5]),
         ("convert.size", ["-3"]),
+        ("convert.size", (0, 256)),
+        ("convert.spacing", (1.0, 0.0)),
         ("scan.split", [float("inf")]),
     ],
 )

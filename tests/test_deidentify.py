@@ -325,6 +325,15 @@ def test_sentences_name_no_path_either():
     assert plain == tuple(problems)
 
 
+def test_words_of_the_sentences_stay_though_a_folder_is_named_so():
+    """A folder `image` must not turn every sentence about an image into a riddle."""
+    problem = Problem("DOE/image/1.dcm", Reason.STRAY_FILE, "no image; see DOE/image/1.dcm")
+
+    (found,) = conceal_paths([problem], (), Policy(hash_paths=True))
+
+    assert found.detail == f"no image; see {hashed_path('DOE/image/1.dcm', None)}"
+
+
 @given(st.lists(st.text("aB/ .(-ü1", max_size=9), max_size=5), st.text("aB/ .(-ü1", max_size=40))
 def test_no_known_path_is_left_in_any_sentence(paths, sentence):
     """Whatever letters and marks a path is made of, as far as it has four from end to end."""

@@ -276,6 +276,21 @@ def test_blend_colours_the_masks_and_nothing_else() -> None:
         np.testing.assert_allclose(rgb[inside], mixed)
 
 
+def test_colour_stays_colour_under_its_masks(tmp_path: Path) -> None:
+    """A red image is red where no mask is, in one window for all samples, and can be a sheet."""
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[..., 0] = np.arange(60) * 4
+    rgb = blend(image, two_boxes(), 2)
+    free = two_boxes() == 0
+
+    assert (rgb[free][:, 1:] == 0).all()
+    np.testing.assert_array_equal(window(image)[free], rgb[free])
+    assert (rgb[~free][:, 1:] > 0).any()
+    pair = tmp_path / "pair.png"
+    image_and_mask_figure(image, two_boxes(), ("i", "o"), pair, title="colour")
+    assert (pixels_of(pair) == (255, 0, 0)).all(axis=2).any()
+
+
 def test_the_smaller_of_two_structures_stays_in_sight_in_any_bit_order() -> None:
     """A large structure with a higher bit does not hide a small one, nor the other way round."""
     swapped = np.array([0, 2, 1, 3], np.uint8)[two_boxes()]
@@ -354,7 +369,12 @@ def test_a_missing_matplotlib_is_named_with_its_remedy(
 
 @pytest.mark.parametrize(
     ("images", "masks", "titles"),
-    [((2, 4, 4), (2, 4, 5), 2), ((2, 4, 4), (2, 4, 4), 1), ((0, 4, 4), (0, 4, 4), 0)],
+    [
+        ((2, 4, 4), (2, 4, 5), 2),
+        ((2, 4, 4, 2), (2, 4, 4), 2),
+        ((2, 4, 4), (2, 4, 4), 1),
+        ((0, 4, 4), (0, 4, 4), 0),
+    ],
 )
 def test_arguments_that_do_not_belong_together_are_refused(
     tmp_path: Path, images: tuple[int, ...], masks: tuple[int, ...], titles: int

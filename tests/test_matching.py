@@ -146,6 +146,31 @@ def test_the_frame_of_reference_goes_before_the_patient() -> None:
     assert (match.found_by, match.rows.tolist()) == ("frame-of-reference", [0, 1, 2])
 
 
+def test_a_frame_of_reference_is_one_patients() -> None:
+    """A UID that a tool gave to everybody does not lead to another patient's images."""
+    table = images(TWO[0], {**TWO[1], "patient_id": "Q", "folder": "q"})
+    said = {"frame_of_reference_uid": b"9"}
+
+    assert find(table, at(0, 3), **said, patient_id=b"P").rows.tolist() == [0, 1, 2]
+    assert find(table, at(0, 9), **said, patient_id=b"P").rows.tolist() == [0, 1, 2]
+    assert find(table, at(0, 3), **said, patient_id=b"R") is None
+    assert find(table, at(0, 9), **said).rows.tolist() == [3, 4, 5, 6]
+
+
+def test_patients_with_the_same_uids_keep_their_own_images() -> None:
+    """Copies of one series under two names: each annotation lies on its own patient's."""
+    table = images(TWO[0], {**TWO[0], "patient_id": "Q", "folder": "q"})
+    for column in (table.series_instance_uid, table.sop_instance_uid):
+        column[3:] = column[:3]
+    said = {"sop_instance_uids": [b"1.0.1"], "series_instance_uids": [b"1.0"]}
+
+    for patient, rows in ((b"P", [0, 1, 2]), (b"Q", [3, 4, 5])):
+        match = find(table, at(0, 3), **said, patient_id=patient)
+        assert (match.rows.tolist(), match.found_by, match.rivals) == (rows, "reference", 0)
+    # of neither: UIDs are believed, but not twice
+    assert find(table, at(0, 3), **said, patient_id=b"R", path="x/rs.dcm").rivals == 1
+
+
 def test_geometry_keeps_to_the_patient() -> None:
     """Another patient's images fit, and are not taken."""
     table = images({**TWO[0], "patient_id": "Q"}, {**TWO[1], "folder": "q"})
@@ -180,6 +205,17 @@ def test_rivals_are_counted() -> None:
     table = images(TWO[0], TWO[0], TWO[0])
 
     assert find(table, at(0, 3), patient_id=b"P").rivals == 2
+
+
+def test_series_that_are_referred_to_and_share_no_plane_are_no_rivals() -> None:
+    """Two slabs with a plane each; where none is referred to, nobody can say."""
+    table = images({"heights": [0, 3]}, {"heights": [30, 33]}, {"heights": [31.5, 33]})
+    uids = [b"1.0.1", b"1.1.0"]
+
+    assert find(table, at(0, 30), sop_instance_uids=uids).rivals == 0
+    assert find(table, at(0, 33), sop_instance_uids=[*uids, b"1.2.0"]).rivals == 0
+    assert find(table, at(33), sop_instance_uids=[b"1.1.0", b"1.2.0"]).rivals == 1
+    assert find(table, at(0, 30), patient_id=b"P").rivals == 1
 
 
 def test_a_tilted_series_does_not_fit_a_normal() -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import re
+import shlex
 import subprocess
 import tomllib
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
-from parallel_dicomseg.cohort import scan_cohort
+from parallel_dicomseg.cli import export, main, process_dicom_to_hdf5
 from parallel_dicomseg.config import load_settings, read_legacy_config
-from parallel_dicomseg.convert import convert_cohort
-from parallel_dicomseg.records import ConvertOptions
+from parallel_dicomseg.phantoms import ellipse, make_rtstruct_series
 from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 
 CHECKOUT = Path(__file__).resolve().parents[1]
@@ -49,20 +50,65 @@ def test_commands_install_only_extras_that_exist() -> None:
     assert set(named) <= set(project["optional-dependencies"])
 
 
-def test_python_examples_run(
+def make_archive(directory: Path) -> None:
+    """Three patients, each with a CT and an RTSTRUCT of a heart and two lungs."""
+    middle = range(2, 6)
+    structures = {
+        "Heart": [(k, ellipse(33.0, 40.0, 11.0, 9.0)) for k in middle],
+        "Lung_L": [(k, ellipse(17.0, 28.0, 9.0, 15.0)) for k in middle],
+        "Lung_R": [(k, ellipse(48.0, 28.0, 9.0, 15.0)) for k in middle],
+    }
+    for k in range(3):
+        make_rtstruct_series(
+            directory / f"patient {k}", structures=structures, patient_id=f"P{k}", seed=k
+        )
+
+
+def commands() -> list[list[str]]:
+    """All commands of the README but the demo, which has a test of its own."""
+    lines = "".join(blocks("bash")).splitlines()
+    words = [shlex.split(line, comments=True) for line in lines]
+    return [w for w in words if w and w[0] in ("parallel-dicomseg", "process_dicom_to_hdf5")]
+
+
+def test_examples_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Every Python example runs as it stands beside the cohort that the text speaks of."""
+    """Every command, then every Python example, as it stands beside the data of the text."""
     monkeypatch.chdir(tmp_path)
+    make_archive(tmp_path / "archive")
     make_sunnybrook_cohort("final_data", patients=2, slices=3, rows=40, columns=48, seed=1)
-    options = ConvertOptions(zarr="cohort.zarr")
-    convert_cohort(scan_cohort("final_data"), "cohort.h5", options=options)
+    for command, *arguments in commands():
+        entry = main if command == "parallel-dicomseg" else process_dicom_to_hdf5
+        result = CliRunner().invoke(entry, arguments)
+        assert result.exit_code == 0, (command, arguments, result.output)
     examples = blocks("python")
     for example in examples:
         exec(compile(example, "README.md", "exec"), {})
 
-    assert len(examples) >= 4
-    assert "(40, 48)" in capsys.readouterr().out
+    assert len(commands()) >= 12
+    assert len(examples) >= 5
+    printed = capsys.readouterr().out
+    assert "(40, 48)" in printed
+    assert "('heart', 'lung')" in printed
+    assert Path("masks.png").stat().st_size > 10_000
+
+
+def test_every_option_is_in_the_tables() -> None:
+    """What `scan` and `convert` offer is what the README lists, and nothing else."""
+    offered = {
+        option
+        for name in ("scan", "convert")
+        for parameter in main.commands[name].params
+        for option in parameter.opts
+        if option.startswith("--")
+    }
+    listed = set(re.findall(r"`(--[a-z0-9-]+)`", README))
+
+    assert offered - listed - {"--output"} == set()
+    exported = {o for c in export.commands.values() for p in c.params for o in p.opts}
+    inspected = {"--tag", *(o for p in process_dicom_to_hdf5.params for o in p.opts)}
+    assert listed - offered - exported - inspected - {"--help", "--quick"} == set()
 
 
 def test_configuration_examples_are_read(tmp_path: Path) -> None:

@@ -422,15 +422,22 @@ def raw_points(text: str) -> Callable[[pydicom.Dataset], None]:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("1\\2\\3\\4 ", "contour 1: ContourData has 4 number(s), not three for each point"),
+        ("1\\2\\3\\4 ", "contour 1: ContourData: 4 number(s), not three for each point"),
         ("1\\2\\3x", "contour 1: ContourData: value 3 (line 1): not a number"),
         ("", "contour 1: ContourData is empty or absent"),
         ("1\\2\\3\\1\\2\\9 ", "ContourData has 2 point(s), NumberOfContourPoints is 72"),
     ],
 )
 def test_one_bad_contour_never_costs_its_roi(text: str, message: str, phantom: Phantom) -> None:
-    """The five others of the ROI are there, and what is wrong is said."""
-    assert message in bad_contour(change(phantom, raw_points(text)))
+    """The five others of the ROI are there, what is wrong is said, and its image is not called
+    empty.
+    """
+    found = change(phantom, raw_points(text))
+    disc, ring = found.annotations
+
+    assert message in bad_contour(found)
+    assert disc.looked_at.tolist() == [0, 1, *range(3, 10)]
+    assert ring.looked_at.tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("kind", ["POINT", "OPEN_PLANAR", "OPEN_NONPLANAR"])
@@ -493,6 +500,32 @@ def test_rois_without_contours_were_looked_for(phantom: Phantom) -> None:
     (problem,) = found.problems
     assert problem.reason is Reason.NO_AREA
     assert problem.detail == "2 ROI(s) have no contours: 'ring', 'never drawn'"
+
+
+@pytest.mark.parametrize(
+    ("character_set", "roi_name"),
+    [
+        ("ISO_IR 100", "Prostàta ÉÜ"),
+        ("ISO_IR 144", "Лёгкое"),
+        ("ISO_IR 192", "肺 Lunge ß"),
+        ("GB18030", "左肺"),
+        (["", "ISO 2022 IR 87"], "左肺 Lung"),
+        (["ISO 2022 IR 13", "ISO 2022 IR 87"], "ﾀﾛｳ 左肺"),
+        (["", "ISO 2022 IR 149"], "폐"),
+    ],
+)
+@pytest.mark.parametrize("syntax", [ImplicitVRLittleEndian, DeflatedExplicitVRLittleEndian])
+def test_names_are_read_in_every_character_set(
+    character_set: str | list[str], roi_name: str, syntax: str, tmp_path: Path
+) -> None:
+    """PS3.5 6.1: also with escapes (ISO 2022), and without the blanks round them."""
+    phantom = make_rtstruct_series(tmp_path / "phantom", shape=(3, 16, 16), transfer_syntax=syntax)
+
+    def edit(dataset: pydicom.Dataset) -> None:
+        dataset.SpecificCharacterSet = character_set
+        dataset.StructureSetROISequence[0].ROIName = f" {roi_name} "
+
+    assert [one.name for one in change(phantom, edit).annotations] == [roi_name, "ring"]
 
 
 def test_rois_are_joined_by_number(phantom: Phantom) -> None:
@@ -591,6 +624,27 @@ def test_contours_on_two_series_find_both(tmp_path: Path) -> None:
     ] * 2
 
 
+def test_slabs_with_as_many_contours_are_both_found(tmp_path: Path) -> None:
+    """One stack in two series, and every contour refers to its image: nothing is ambiguous."""
+    phantom = make_rtstruct_series(tmp_path / "phantom", references="valid")
+    dataset = pydicom.dcmread(tmp_path / "phantom" / "rtstruct.dcm")
+    del dataset.ReferencedFrameOfReferenceSequence
+    dataset.save_as(tmp_path / "phantom" / "rtstruct.dcm")
+    images, files = tables.scan(Path(phantom.directory))
+    upper = np.arange(len(images)) >= 5
+    series = np.where(upper, b"1.2.3", images.series_instance_uid)
+    slabs = replace(images, series_instance_uid=series, volume=upper.astype(np.int32))
+    found = find(Path(phantom.directory), slabs, files)
+
+    assert found.problems == ()
+    assert [(a.name, sorted(set(a.slice.tolist()))) for a in found.annotations] == [
+        ("disc", [2, 3, 4]),
+        ("ring", [2, 3, 4]),
+        ("disc", [5, 6, 7]),
+        ("ring", [5, 6, 7]),
+    ]
+
+
 def phases(phantom: Phantom) -> tuple[SliceTable, list[ScannedFile]]:
     """The series three times in one place; the second is the one that is referred to."""
     images, files = tables.scan(Path(phantom.directory))
@@ -622,6 +676,9 @@ def test_phases_without_a_reference_are_ambiguous(tmp_path: Path) -> None:
     assert [len(one.slice) for one in found.annotations] == [0, 0]
     assert [p.reason for p in found.problems] == [Reason.AMBIGUOUS_IMAGE] * 2
     assert "6 of 6 contours of 'disc' lie on more than one image" in found.problems[0].detail
+    # contours on slices 2 to 7 of some phase: only the others are empty for certain
+    certain = [10 * phase + k for phase in range(3) for k in (0, 1, 8, 9)]
+    assert [one.looked_at.tolist() for one in found.annotations] == [certain] * 2
 
 
 @pytest.mark.parametrize(

@@ -608,6 +608,27 @@ def test_of_images_in_one_plane_the_one_that_is_referred_to(tmp_path):
     assert [(p.path, p.reason) for p in found.problems] == [("silent", Reason.AMBIGUOUS_IMAGE)]
 
 
+def test_a_segment_may_span_two_series(tmp_path):
+    """Two slabs of one stack that the frames refer to: each frame lies on its own image."""
+    for k in range(4):
+        series = f"1.2.{8 + k // 2}"
+        write_image(
+            tmp_path / f"{k}", number=k, position=(0, 0, 2 * k), shape=(5, 3), series=series
+        )
+    frames = random_masks(4, (5, 3))
+    said = [(1, (0, 0, 2 * k), frames[k], f"1.2.{8 + k // 2}.{k}") for k in range(4)]
+    write_seg(tmp_path / "seg", said)
+    _, found, (masks, _) = convert(tmp_path)
+    write_seg(tmp_path / "seg", [(*frame[:3], "") for frame in said])
+    _, unsaid, _ = convert(tmp_path)
+
+    assert [a.looked_at.tolist() for a in found.annotations] == [[0, 1], [2, 3]]
+    assert (masks.any(axis=0) == frames).all()
+    assert found.problems == ()
+    assert unsaid.annotations == ()
+    assert [p.reason for p in unsaid.problems] == [Reason.AMBIGUOUS_IMAGE]
+
+
 def test_no_image_at_all(tmp_path):
     """A SEG whose images are elsewhere is one problem."""
     write_image(tmp_path / "0", number=0, position=(0, 0, 500), shape=(2, 2))

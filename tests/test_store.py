@@ -21,15 +21,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel_dicomseg.codec import CODECS
+from parallel_dicomseg.cohort import scan_cohort
+from parallel_dicomseg.convert import convert_cohort
 from parallel_dicomseg.deidentify import Policy
 from parallel_dicomseg.errors import ConfigurationError, ConversionError, LayoutError
 from parallel_dicomseg.geometry import normal_of, planes_of, stored_plane
 from parallel_dicomseg.loader import iterate_batches, sample_order
-from parallel_dicomseg.records import HeaderColumn, Problem, Reason
+from parallel_dicomseg.records import ConvertOptions, HeaderColumn, Problem, Reason, ScanOptions
 from parallel_dicomseg.report.inspection import inspect_file
 from parallel_dicomseg.store import mirror_to_zarr, open_dataset, verify_file
 from parallel_dicomseg.store import zarr as zarr_store
 from parallel_dicomseg.store.table import series_index, stored_geometry, volume_columns
+from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 
 
 @pytest.fixture(scope="module")
@@ -318,13 +321,14 @@ def test_verify_misses_no_flag_that_its_thresholds_ask_for(copy):
         large = np.flatnonzero((file["table/area"][:] > 0.01 * 40 * 56).any(axis=1))
         gap = file["table/flags"][:]
 
-    problems = verify_file(copy).problems
+    changed, *problems = sorted(verify_file(copy).problems, key=lambda text: text[0] == "/")
 
     assert len(large)
-    assert problems == tuple(
+    assert "attributes_crc32c of / is" in changed
+    assert problems == [
         f"/table/flags[{row}] is {gap[row]:#x}, the table contradicts mask-too-large"
         for row in large
-    )
+    ]
 
 
 def test_verify_finds_a_mask_that_was_moved(copy):
@@ -406,10 +410,11 @@ def test_verify_finds_missing_rows(copy):
 
     problems = verify_file(copy).problems
 
-    assert len(problems) == 3
+    assert len(problems) == 4
     assert "no column 'components' in /table" in problems[0]
     assert problems[1].startswith("/table/area is float32 (10, 2)")
     assert problems[2] == "/table/flags has 9 rows, /images has 10"
+    assert "attributes_crc32c of / is" in problems[3]  # its flag_names went with the column
 
 
 def test_verify_finds_bits_that_belong_to_no_structure(files, tmp_path):
@@ -538,6 +543,31 @@ def test_verify_looks_at_what_stands_beside_the_table(copy, damage, expected):
         assert words in problem
 
 
+@pytest.mark.parametrize("text", [b"standard_deviation", b"sunnybrook", b"i inside o"])
+def test_verify_finds_flipped_bits_in_attributes(copy, text):
+    """HDF5 has no checksum of texts; another letter in a structure's name would be another name."""
+    places = [m.start() for m in re.finditer(re.escape(text), Path(copy).read_bytes())]
+    assert places
+    for offset in places:
+        flip(copy, offset)
+        if text == b"i inside o":
+            with pytest.raises(LayoutError, match="attributes of /masks cannot be read"):
+                verify_file(copy)
+        else:
+            (problem,) = verify_file(copy).problems
+            assert "attributes_crc32c of / is" in problem
+        flip(copy, offset)
+    assert verify_file(copy).is_sound
+
+
+def test_verify_opens_every_object(copy):
+    """Damage of what no table needs, here the name of an axis, is found too."""
+    offset = Path(copy).read_bytes().index(b"This is a netCDF dimension but not a netCDF variable.")
+    flip(copy, offset)
+
+    assert any("cannot be read" in problem for problem in verify_file(copy).problems)
+
+
 def test_a_damaged_column_is_a_problem_with_its_name(copy):
     """Verify goes on, whoever reads the column learns which one it is."""
     with h5py.File(copy) as file:
@@ -614,8 +644,8 @@ def test_missing_chunks_and_other_shapes_are_found(copy):
         masks = file.create_dataset(
             "masks", (10, 40, 56), "u1", chunks=(1, 40, 56), maxshape=(None, 40, 56)
         )
-        masks.attrs["structures"] = attributes["structures"]
-        masks.attrs["nested"] = attributes["nested"]
+        for name in ("structures", "nested", "encoding", "long_name"):
+            masks.attrs[name] = attributes[name]
 
     problems = verify_file(copy).problems
 
@@ -702,6 +732,15 @@ def test_batches_serve_every_slice_once_in_the_order_of_the_seed(files):
         np.testing.assert_array_equal(batch.mask, masks[batch.index])
 
 
+def test_batches_of_one_part_of_the_split(files):
+    """Only its slices are served; for a part that is not there the error lists those that are."""
+    with open_dataset(files["deflate"]) as dataset:
+        rows = [b.index.tolist() for b in iterate_batches(dataset, 2, split="test", seed=1)]
+        with pytest.raises(ConfigurationError, match="'validation'; it has test, train"):
+            next(iterate_batches(dataset, 2, split="validation"))
+    assert sorted(row for batch in rows for row in batch) == list(range(5, 10))
+
+
 # --- colour, grids, volumes, headers -------------------------------------------------------------
 
 
@@ -717,6 +756,9 @@ def test_colour_images_have_a_last_axis_in_every_reader(codec, tmp_path):
         assert (dataset.shape, dataset.samples) == ((10, 40, 56), 3)
         np.testing.assert_array_equal(np.stack([dataset.images[k] for k in range(10)]), images)
         assert dataset.axes("images") == ("slice", "row", "column", "sample")
+        (batch,) = iterate_batches(dataset, 10)
+        np.testing.assert_array_equal(batch.image, images[batch.index])
+        np.testing.assert_array_equal(batch.mask, masks[batch.index])
         mirror_to_zarr(dataset, tmp_path / "x.zarr")
     with h5py.File(path) as file:
         np.testing.assert_array_equal(file["images"][:], images)
@@ -741,7 +783,8 @@ def test_the_layout_is_said_in_the_attributes(tmp_path):
         resampled=True, partial_overlap="union", invert_monochrome1=True, pad_value=-1000.0
     )
     decoders = {"1.2.840.10008.1.2.5": "imagecodecs 1", "1.2.840.10008.1.2.4.50": "pylibjpeg 2"}
-    written.write(tmp_path / "x.h5", plan=plan, decoders=decoders)
+    listed = [" ".join(pair) for pair in decoders.items()]
+    written.write(tmp_path / "x.h5", plan=plan, provenance={"decoders": listed})
     written.write(tmp_path / "y.h5")
 
     with open_dataset(tmp_path / "x.h5") as dataset:
@@ -752,6 +795,21 @@ def test_the_layout_is_said_in_the_attributes(tmp_path):
     with open_dataset(tmp_path / "y.h5") as dataset:
         assert dataset.attributes["pad_value"] == "minimum"
         assert dataset.decoders == {}
+
+
+def test_how_a_file_was_made_is_said(tmp_path):
+    """What an option did, how outlines were paired and what files call a structure are there."""
+    make_sunnybrook_cohort(tmp_path / "data", patients=1, slices=2, rows=40, columns=48, seed=1)
+    cohort = scan_cohort(tmp_path / "data", options=ScanOptions(structures=("inner=i",)))
+    options = ConvertOptions(size=(32, 32), fit="structure")
+    convert_cohort(cohort, tmp_path / "x.h5", options=options)
+
+    with open_dataset(tmp_path / "x.h5") as dataset:
+        said = dataset.attributes
+    assert said["grid"] == ["spacing []", "size [32, 32]", 'fit "structure"', 'color "luminance"']
+    assert said["found_by"] == [f"{how} {count}" for how, count in cohort.found_by.items()] != []
+    assert said["spelled"] == ["inner: i"]
+    assert "decoders" not in said
 
 
 def test_looking_is_not_drawing(tmp_path):

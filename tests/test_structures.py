@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.records import Annotation, Reason
-from parallel_dicomseg.structures import annotation_table, choose, read_aliases
+from parallel_dicomseg.structures import annotation_table, asked_for, choose, read_aliases
 
 VOLUME = (0, 1, 2, 3)
 
@@ -364,3 +364,26 @@ def test_names_of_a_clinical_structure_set(shared_data):
     names = [found[k].name for k in choice.annotation]
     assert names == ["BODY", "Tumor Bed", "Tumor Bed Block"]
     assert len(choice.unmatched) == 7
+
+
+@pytest.mark.parametrize(
+    ("wanted", "aliases", "case_sensitive", "expected"),
+    [
+        ((), {}, False, {"Heart", "HEART ", "GTV 1", "a=b"}),
+        (("heart",), {}, False, {"Heart", "HEART "}),
+        (("Heart",), {}, True, {"Heart"}),
+        (("lesion=/gtv.*/",), {}, False, {"GTV 1"}),
+        (("a=b",), {}, False, {"a=b"}),
+        ((), {"cor": ("heart",)}, False, {"Heart", "HEART "}),
+        (("cor",), {"cor": ("heart",), "t": ("/gtv.*/",)}, False, {"Heart", "HEART "}),
+        (("liver",), {}, False, set()),
+    ],
+)
+def test_names_that_are_asked_for(wanted, aliases, case_sensitive, expected):
+    """The same names as `choose` would take, but without an error for a wish that nothing fits."""
+    names = ["Heart", "HEART ", "GTV 1", "a=b"]
+
+    assert asked_for(names, wanted, aliases, case_sensitive) == expected
+    if expected:
+        choice = chosen(named(*names), *wanted, aliases=aliases, case_sensitive=case_sensitive)
+        assert {names[k] for k in choice.annotation} == expected

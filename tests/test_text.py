@@ -20,6 +20,7 @@ from parallel_dicomseg.text import (
     ContourFiles,
     digest_bytes,
     parse_contour,
+    parse_decimal_lists,
     parse_decimals,
     read_contour_files,
 )
@@ -176,6 +177,49 @@ def test_what_is_no_number_is_named(raw: bytes, message: str) -> None:
     """Place, line and kind of the offending value are the message; its text is not in it."""
     with pytest.raises(ValueError, match=f"^{re.escape(message)}$"):
         parse_decimals(as_bytes(raw))
+
+
+def plain_list(part: bytes) -> list[float] | None:
+    """The numbers between single backslashes; None where it is no such list, or one is too far."""
+    values = []
+    for item in part.rstrip(b" \0").split(b"\\"):
+        token = item.strip(b" \t\v\f")
+        if not re.fullmatch(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", token):
+            return None
+        values.append(float(token))
+    return values if max(map(abs, values)) <= 2**31 else None
+
+
+separated = st.lists(
+    st.tuples(spelled, st.sampled_from([b"", b"", b" "])).map(b"".join), min_size=1, max_size=9
+).map(b"\\".join)
+junk_lists = st.text("0123456789+-.eE \\\0,\n", max_size=24).map(str.encode)
+
+
+@given(
+    st.lists(
+        st.tuples(st.one_of(separated, junk_lists), st.sampled_from([b"", b" ", b"\0"])), max_size=6
+    )
+)
+def test_lists_that_are_known_are_those_of_the_obvious_reader(
+    padded: list[tuple[bytes, bytes]],
+) -> None:
+    """Each string on its own: its numbers bit for bit, or not known and no numbers at all."""
+    parts = [b"".join(pair) for pair in padded]
+    offsets = np.cumsum([0, *map(len, parts)])
+    values, starts, known = parse_decimal_lists(as_bytes(bytearray(b"".join(parts))), offsets)
+
+    assert len(values) == starts[-1]
+    for k, part in enumerate(parts):
+        found = values[starts[k] : starts[k + 1]]
+        expected = plain_list(part)
+        if known[k]:
+            assert expected is not None
+            assert bits(found) == bits(expected)
+        else:
+            assert len(found) == 0
+            # what every file has is known
+            assert not re.fullmatch(rb"-?\d{1,8}\.\d{1,7}(\\-?\d{1,8}\.\d{1,7})*[ \0]*", part)
 
 
 @pytest.mark.parametrize("raw", [b"", b" \r\n\t"])

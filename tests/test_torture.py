@@ -7,12 +7,14 @@ from typing import Any
 
 import exact
 import numpy as np
+import pydicom
 import pytest
 import tables
 from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from parallel_dicomseg import ConvertOptions, convert_cohort, open_dataset, scan_cohort
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.geometry import normal_of, to_patient
 from parallel_dicomseg.phantoms import (
@@ -30,6 +32,7 @@ from parallel_dicomseg.sources.base import Found
 COS, SIN = np.cos(np.deg2rad(25)), np.sin(np.deg2rad(25))
 OBLIQUE = (COS, SIN, 0.0, -SIN * np.cos(0.4), COS * np.cos(0.4), np.sin(0.4))
 AXIAL = (1.0, 0.0, 0.0, 0.0, 1.0, 0.0)
+SMALL = (40, 64, 80)
 
 CASES: dict[str, dict[str, Any]] = {
     "axial": {},
@@ -165,7 +168,58 @@ def test_contours_a_little_off_their_slice_lie_on_it(tmp_path: Path) -> None:
     assert "1 of 4" in found.problems[0].detail
 
 
-SMALL = (40, 64, 80)
+def off_the_volume() -> list[ExtraContour]:
+    """Contours out of the volume and one that is tilted, to be left out."""
+    inner = to_patient(ellipse(40, 32, 16, 13), [-50, -40, 30, *AXIAL, 1, 1])
+    rings = [inner + np.array([0.0, 0.0, height]) for height in (1000, 30, -3)]
+    rings.append(inner + np.linspace([0.0, 0.0, 9.0], [0.0, 0.0, 15.0], len(inner)))
+    return [ExtraContour("disc", ring) for ring in rings]
+
+
+@pytest.fixture(scope="module")
+def one_tree(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Phantom], Path]:
+    """All cases as patients of one tree, and the file that it was converted to."""
+    root = tmp_path_factory.mktemp("tree")
+    extra: dict[str, Any] = {"extra": off_the_volume()}
+    solids: dict[str, Any] = {
+        "shape": SMALL,
+        "structures": {solid.name: solid.rings(SMALL[0]) for solid in conformance_solids(SMALL)},
+    }
+    cases = CASES | {"contours off the volume": extra, "solids": solids}
+    phantoms = {
+        case: make_rtstruct_series(root / case, patient_id=case, seed=number, **how)
+        for number, (case, how) in enumerate(cases.items())
+    }
+    cohort = scan_cohort(root)
+    output = tmp_path_factory.mktemp("converted") / "out.h5"
+    convert_cohort(cohort, output, options=ConvertOptions(keep_identity=True, codec="none"))
+    return phantoms, output
+
+
+@pytest.mark.parametrize("case", [*CASES, "contours off the volume", "solids"])
+def test_files_are_exact_in_every_geometry(
+    case: str, one_tree: tuple[dict[str, Phantom], Path]
+) -> None:
+    """The finished file has every voxel of every case, and images and masks of one slice."""
+    phantoms, output = one_tree
+    phantom = phantoms[case]
+    truth = {structure: phantom.truth(structure) for structure in phantom.structures}
+    with open_dataset(output) as dataset:
+        paths = dataset.column("source_path").tolist()
+        origins = (-dataset.column("grid_origin")).astype(int)
+        for k, path in enumerate(phantom.image_paths):
+            row = paths.index(f"{case}/{path}".encode())
+            top, left = origins[row]
+            box = slice(top, top + phantom.rows), slice(left, left + phantom.columns)
+            image = pydicom.dcmread(Path(phantom.directory, path)).pixel_array
+            np.testing.assert_array_equal(dataset.images[row][box], image)
+            for bit, structure in enumerate(dataset.structures):
+                mask = mask_of(dataset.masks[row].astype(np.uint64), bit)
+                assert mask.sum() == mask[box].sum()
+                if structure in truth:
+                    np.testing.assert_array_equal(mask[box], truth[structure][k])
+                else:
+                    assert not mask.any()
 
 
 def assert_conforms(directory: Path, shape: tuple[int, int, int]) -> None:

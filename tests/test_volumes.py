@@ -399,14 +399,16 @@ def test_an_exact_copy_is_repeated_and_harmless():
 @pytest.mark.parametrize(
     ("column", "values", "said"),
     [
-        ("file_size", [1000, 1000, 999], "file_size 999 instead of 1000"),
+        ("bits_stored", [16, 16, 12], "bits_stored 12 instead of 16"),
+        ("rescale_slope", [1.0, 1.0, 2.5], "rescale_slope 2.5 instead of 1"),
+        ("photometric_interpretation", [b"M2", b"M2", b"M1"], "another photometric_interpretation"),
         ("rows", [64, 64, 32], "rows 32 instead of 64"),
         (
             "image_position_patient",
             [(0, 0, 0), (0, 0, 0), (0, 0, 1.5)],
             "image_position_patient 0 0 1.5 instead of 0 0 0",
         ),
-        ("transfer_syntax_uid", [b"1", b"1", b"2"], "another transfer_syntax_uid"),
+        ("frame_of_reference_uid", [b"1", b"1", b"2"], "another frame_of_reference_uid"),
     ],
 )
 def test_a_copy_that_differs_is_a_rejection(column, values, said):
@@ -423,6 +425,45 @@ def test_a_copy_that_differs_is_a_rejection(column, values, said):
     assert found["a/0002.dcm"].reason == Reason.DUPLICATE
     assert found["a/0002.dcm"].is_rejection
     assert found["a/0002.dcm"].detail.endswith(f"but {said}")
+
+
+@pytest.mark.parametrize(
+    ("columns", "said"),
+    [
+        ({"file_size": [1000, 999]}, "the same header, 999 bytes instead of 1000"),
+        ({"transfer_syntax_uid": [b"1", b"2"]}, "the same header in another encoding"),
+        ({"pixel_length": [8192, -1]}, "the same size and header"),
+        (
+            {"samples_per_pixel": 3, "photometric_interpretation": [b"RGB", b"YBR_RCT"]},
+            "the same size and header",
+        ),
+    ],
+)
+def test_one_image_written_down_in_another_way_is_harmless(columns, said):
+    """Encoding, size and colour transform say nothing about what the image shows."""
+    images = table(2, sop_instance_uid=b"1", image_position_patient=axial(0, 0), **columns)
+
+    ordered = order_volumes(images)
+
+    assert ordered.index.tolist() == [0]
+    assert [(p.path, p.reason) for p in ordered.problems] == [("a/0001.dcm", Reason.REPEATED)]
+    assert said in ordered.problems[0].detail
+
+
+def test_of_two_encodings_the_one_that_needs_no_decoder_is_used():
+    """JPEG 2000 comes first by name, the plain file is kept, and slices stay in path order."""
+    j2k, plain = b"1.2.840.10008.1.2.4.90", b"1.2.840.10008.1.2.1"
+    images = table(
+        4,
+        sop_instance_uid=[b"1", b"2", b"1", b"3"],
+        transfer_syntax_uid=[j2k, j2k, plain, plain],
+        image_position_patient=axial(0, 2, 0, 4),
+    )
+
+    ordered = order_volumes(images)
+
+    assert ordered.index.tolist() == [2, 1, 3]
+    assert [(p.path, p.reason) for p in ordered.problems] == [("a/0000.dcm", Reason.REPEATED)]
 
 
 def test_a_copied_multi_frame_file_is_one_problem():

@@ -19,7 +19,7 @@ class Batch:
     """b samples, in the order in which they are served."""
 
     image: NDArray[Any]
-    """(b, rows, columns) of the file's image dtype."""
+    """(b, rows, columns[, samples]) of the file's image dtype."""
     mask: NDArray[Any]
     """(b, rows, columns): bit s is structure s."""
     index: Int64
@@ -32,9 +32,9 @@ def sample_order(samples: int, seed: int, epoch: int) -> Int64:
 
 
 def iterate_batches(
-    dataset: Dataset, batch_size: int, *, seed: int = 0, epoch: int = 0
+    dataset: Dataset, batch_size: int, *, split: str = "", seed: int = 0, epoch: int = 0
 ) -> Iterator[Batch]:
-    """Every slice of the file once, in batches; the last one may be smaller.
+    """Every slice of the file, or of one part of its split, once; the last batch may be smaller.
 
     Parameters
     ----------
@@ -42,27 +42,44 @@ def iterate_batches(
         An open converted file.
     batch_size
         Slices per batch, at least 1.
+    split
+        'train', 'validation' or 'test'; '' for all slices.
     seed, epoch
         Decide the order; the same pair gives the same batches.
 
     Raises
     ------
     ConfigurationError
-        The batch size is less than 1.
+        The batch size is less than 1, or the file has no slice in that part.
     LayoutError
         A chunk of the file cannot be read or decoded.
     """
     if batch_size < 1:
         raise ConfigurationError(f"batch_size is {batch_size}, it must be at least 1")
-    order = sample_order(len(dataset), seed, epoch)
+    rows = _rows_of(dataset, split)
+    order = rows[sample_order(len(rows), seed, epoch)]
     for start in range(0, len(order), batch_size):
         yield _read_batch(dataset, order[start : start + batch_size])
 
 
+def _rows_of(dataset: Dataset, split: str) -> Int64:
+    """(m,) the rows of one part of the split; all without one."""
+    if not split:
+        return np.arange(len(dataset))
+    parts = dataset.column("split")
+    rows = np.flatnonzero(parts == split.encode())
+    if not len(rows):
+        known = ", ".join(name.decode() for name in np.unique(parts[parts != b""])) or "no parts"
+        raise ConfigurationError(f"{dataset.path} has no slice in {split!r}; it has {known}")
+    return rows
+
+
 def _read_batch(dataset: Dataset, index: Int64) -> Batch:
-    shape = (len(index), *dataset.shape[1:])
-    batch = Batch(np.empty(shape, dataset.image_dtype), np.empty(shape, dataset.mask_dtype), index)
+    image, mask = (
+        np.empty((len(index), *array.shape[1:]), array.dtype)
+        for array in (dataset.images, dataset.masks)
+    )
     for k, row in enumerate(index.tolist()):
-        dataset.images.read_into(row, batch.image[k])
-        dataset.masks.read_into(row, batch.mask[k])
-    return batch
+        dataset.images.read_into(row, image[k])
+        dataset.masks.read_into(row, mask[k])
+    return Batch(image, mask, index)

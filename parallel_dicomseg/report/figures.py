@@ -61,8 +61,8 @@ def contact_sheet(
 
     Parameters
     ----------
-    images : (n, rows, columns)
-        Any real type; every slice gets a window of its own.
+    images : (n, rows, columns[, 3])
+        Any real type; every slice gets a window of its own. Colour is red, green and blue.
     masks : (n, rows, columns) unsigned
         Bit s is structure s.
     structures
@@ -89,7 +89,7 @@ def contact_sheet(
     if focus:
         part = focus_of(masks)
         images, masks = images[:, *part], masks[:, *part]
-    ratios = _height_over_width(images.shape, pixel_spacing)
+    ratios = _height_over_width(masks.shape, pixel_spacing)
     rows, columns = _grid(len(images))
     sheet = _Sheet(SHEET_WIDTH, rows, columns, float(ratios.max()), structures, caption)
     for k, title in enumerate(titles):
@@ -111,7 +111,7 @@ def image_and_mask_figure(
 
     Parameters
     ----------
-    image : (rows, columns)
+    image : (rows, columns[, 3])
     mask : (rows, columns) unsigned
         Bit s is structure s.
     structures
@@ -131,7 +131,7 @@ def image_and_mask_figure(
         Image and mask differ in shape.
     """
     _check(image[None], mask[None], [title])
-    (ratio,) = _height_over_width((1, *image.shape), pixel_spacing).tolist()
+    (ratio,) = _height_over_width((1, *mask.shape), pixel_spacing).tolist()
     sheet = _Sheet(PAIR_WIDTH, 1, 2, ratio, structures, "")
     _draw_slice(sheet.tile(0, 0, title), image, mask, 0, ratio)
     _draw_slice(sheet.tile(0, 1, "with its mask"), image, mask, len(structures), ratio)
@@ -150,13 +150,13 @@ def structure_colours(count: int) -> NDArray[np.float64]:
 
 
 def blend(image: NDArray[Any], mask: NDArray[Any], structures: int) -> NDArray[np.float64]:
-    """An image in the colours of `bone` with the structures over it as translucent colours.
+    """An image, a grey one in `bone`, with the structures over it as translucent colours.
 
     Where structures overlap, the colour is that of the smallest: an inner one stays in sight.
 
     Parameters
     ----------
-    image : (rows, columns)
+    image : (rows, columns[, 3])
     mask : (rows, columns) unsigned
         Bit s is structure s.
     structures
@@ -167,18 +167,18 @@ def blend(image: NDArray[Any], mask: NDArray[Any], structures: int) -> NDArray[n
     (rows, columns, 3) float64
         RGB in 0 … 1.
     """
-    grey = bone(window(image))
-    rgb = grey.copy()
+    plain = window(image) if image.ndim == 3 else bone(window(image))
+    rgb = plain.copy()
     planes = [_plane(mask, s) for s in range(structures)]
     largest_first = sorted(range(structures), key=lambda s: -int(planes[s].sum()))
     colours = structure_colours(structures)
     for s in largest_first:
-        rgb[planes[s]] = (1 - FILL_OPACITY) * grey[planes[s]] + FILL_OPACITY * colours[s]
+        rgb[planes[s]] = (1 - FILL_OPACITY) * plain[planes[s]] + FILL_OPACITY * colours[s]
     return rgb
 
 
 def window(image: NDArray[Any]) -> NDArray[np.float64]:
-    """(rows, columns) grey in 0 … 1, between two percentiles; a constant or no image is black."""
+    """(rows, columns[, 3]) in 0 … 1, between two percentiles; a constant or no image is black."""
     values = np.nan_to_num(image.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
     low, high = np.percentile(values, WINDOW)
     return np.clip((values - low) / (high - low), 0, 1) if high > low else np.zeros(image.shape)
@@ -218,7 +218,8 @@ def _plane(mask: NDArray[Any], structure: int) -> NDArray[np.bool_]:
 
 
 def _check(images: NDArray[Any], masks: NDArray[Any], titles: Sequence[str]) -> None:
-    if images.ndim != 3 or images.shape != masks.shape or not 0 < len(titles) == len(images):
+    fits = images.shape in (masks.shape, (*masks.shape, 3)) and masks.ndim == 3
+    if not fits or not 0 < len(titles) == len(images):
         raise ValueError(
             f"images {images.shape}, masks {masks.shape} and {len(titles)} titles must be n slices "
             f"of equal size, at least one"
@@ -360,7 +361,7 @@ def _draw_slice(
 ) -> None:
     from matplotlib.collections import LineCollection
 
-    rows, columns = image.shape
+    rows, columns = mask.shape
     axes.imshow(
         blend(image, mask, structures),
         interpolation="bilinear",

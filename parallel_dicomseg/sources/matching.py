@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections import Counter, defaultdict
 from collections.abc import Collection, Hashable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import TypeVar
 
@@ -104,7 +104,8 @@ class Match:
     found_by: str
     """'reference', 'frame-of-reference' or 'geometry'."""
     rivals: int
-    """How many other series fit as well and are as near in the tree: 0, or nobody can say."""
+    """How many other series fit as well and are as near in the tree: 0, or nobody can say. One that
+    is referred to as well is a rival only if it has a plane that this one has."""
 
     @property
     def rows(self) -> Int64:
@@ -218,18 +219,20 @@ def find_volumes(
 
     Returns
     -------
-    The first that fits of: volumes that are referred to, those of the frame of reference, those of
-    the patient or (where either side has no patient) of the folder. Among those the series with
-    most planes on its slices, then with most images referred to, then the nearest in the tree.
+    The first that fits of: volumes that are referred to (another patient's only if there is none of
+    this one), those of the frame of reference (but no other patient's), those of the patient or
+    (where either side has no patient) of the folder. Among those the series with most planes on its
+    slices, then with most images referred to, then the nearest in the tree.
     None where no plane of the annotation lies on any slice of them.
     """
     referred = _referred_volumes(index, sop_instance_uids)
     folder = path.rpartition("/")[0]
     by_series = _places(index.by_series, set(series_instance_uids) - {b""})
     by_frame = _places(index.by_frame_of_reference, {frame_of_reference_uid})
+    by_reference = referred.keys() or by_series
     stages: tuple[tuple[str, Collection[int]], ...] = (
-        ("reference", referred.keys() or by_series),
-        ("frame-of-reference", by_frame),
+        ("reference", _not_others(index, by_reference, patient_id) or by_reference),
+        ("frame-of-reference", _not_others(index, by_frame, patient_id)),
         ("geometry", _of_patient(index, patient_id, folder)),
     )
     for found_by, places in stages:
@@ -251,6 +254,11 @@ def _referred_volumes(index: ImageIndex, sop_instance_uids: Collection[bytes]) -
 
 def _places(by_key: dict[Key, list[int]], keys: Collection[Key]) -> list[int]:
     return [place for key in keys for place in by_key.get(key, ())]
+
+
+def _not_others(index: ImageIndex, places: Iterable[int], patient_id: bytes) -> list[int]:
+    """Those that are not known to be another patient's: tools give two patients the same UIDs."""
+    return [k for k in places if not patient_id or index.volumes[k].patient_id in (b"", patient_id)]
 
 
 def _of_patient(index: ImageIndex, patient_id: bytes, folder: str) -> list[int]:
@@ -275,20 +283,22 @@ def _best(
     referred: Counter[int],
 ) -> Match | None:
     """The best series among volumes, and how many others are as good; None where none fits."""
-    by_series: dict[bytes, list[int]] = defaultdict(list)
+    by_series: dict[tuple[bytes, bytes], list[int]] = defaultdict(list)
     for place in places:
-        by_series[index.volumes[place].series_instance_uid].append(place)
+        volume = index.volumes[place]
+        by_series[volume.patient_id, volume.series_instance_uid].append(place)
     scored = []
     for group in by_series.values():
         match = Match(tuple(index.volumes[k] for k in group), found_by, 0)
-        planes = int((match.on_slices(points_patient) >= 0).sum())
+        planes = match.on_slices(points_patient) >= 0
         images = sum(referred[k] for k in group)
-        scored.append(((planes, images, _nearness(match, folder)), match))
-    best = max((score for score, _ in scored), default=(0,))
+        scored.append(((int(planes.sum()), images, _nearness(match, folder)), match, planes))
+    best = max((score for score, *_ in scored), default=(0,))
     if best[0] == 0:
         return None
-    winners = [match for score, match in scored if score == best]
-    return Match(winners[0].volumes, found_by, len(winners) - 1)
+    (_, winner, own), *others = [one for one in scored if one[0] == best]
+    rivals = sum(found_by != "reference" or bool((own & planes).any()) for *_, planes in others)
+    return replace(winner, rivals=rivals)
 
 
 def _nearness(match: Match, folder: str) -> int:

@@ -10,7 +10,7 @@ the inflated data set.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -114,14 +114,17 @@ class _Laid:
     row: Int64
     """(k,) row of the SliceTable."""
 
-    def looked_at(self) -> Int64:
-        """Rows of the volumes that have a ring, of all where none has."""
+    def looked_at(self, unsettled: Iterable[int]) -> Int64:
+        """Rows of the volumes that have a ring, of all where none has, without some rows."""
         used = [v.rows for v in self.match.volumes if np.isin(self.row, v.rows).any()]
-        return np.sort(np.concatenate(used)) if used else self.match.rows
+        rows = np.concatenate(used) if used else self.match.rows
+        return np.setdiff1d(rows, np.array(sorted(unsettled), np.int64))
 
 
 _Fates = dict[int, tuple[Reason, str]]
 """What is wrong with which outline."""
+_Unsettled = dict[int, set[int]]
+"""By ROI: rows on which it may be drawn, by an outline that cannot be used."""
 
 
 def recognizes(file: ScannedFile) -> bool:
@@ -238,19 +241,24 @@ def _lay(path: str, structure_set: StructureSet, index: ImageIndex) -> Found:
     rings, fates = _rings(structure_set)
     laid: list[_Laid] = []
     problems = [Problem(path, *problem) for problem in structure_set.problems]
+    unsettled: _Unsettled = defaultdict(set)
     undecided = 0
     for frame, rois in _by_frame_of_reference(structure_set.rois).items():
         group = rings.take(np.isin(rings.roi, list(rois)))
         try:
-            laid += _lay_group(path, structure_set, index, group, frame, rois, fates)
+            laid += _lay_group(path, structure_set, index, group, frame, rois, fates, unsettled)
         except _AmbiguousError as error:
             problems.append(Problem(path, Reason.AMBIGUOUS_IMAGE, str(error)))
             undecided += len(group.index)
+    for k, (reason, _) in fates.items():
+        if reason is Reason.BAD_CONTOUR:
+            outline = structure_set.outlines[k]
+            unsettled[outline.roi].update(index.by_sop_instance_uid.get(outline.image, ()))
     if not laid and len(rings.index) > undecided:
         problems.append(_without_images(path, structure_set, index, len(rings.index)))
     elif laid or not len(rings.index):
         problems += _problems(path, structure_set, fates)
-    return Found(_annotations(path, structure_set, laid), tuple(problems))
+    return Found(_annotations(path, structure_set, laid, unsettled), tuple(problems))
 
 
 class _AmbiguousError(Exception):
@@ -273,6 +281,7 @@ def _lay_group(
     frame_of_reference_uid: bytes,
     rois: frozenset[int],
     fates: _Fates,
+    unsettled: _Unsettled,
 ) -> list[_Laid]:
     """The rings of one frame of reference onto one series, or several if they refer to them."""
     laid: list[_Laid] = []
@@ -286,10 +295,12 @@ def _lay_group(
                 f"{match.rivals + 1} series fit its {len(rest.index)} contours equally well "
                 f"(found by {match.found_by}); it does not refer to one of them"
             )
-        row = _rows(rest, match, structure_set, index)
+        row, candidates = _rows(rest, match, structure_set, index)
         laid.append(_Laid(match, rois, rest.index[row >= 0], row[row >= 0]))
-        for k in rest.index[row == _SEVERAL].tolist():
-            fates[k] = (Reason.AMBIGUOUS_IMAGE, "they share a place, and it refers to none of them")
+        for k in np.flatnonzero(row == _SEVERAL).tolist():
+            text = "they share a place, and it refers to none of them"
+            fates[int(rest.index[k])] = (Reason.AMBIGUOUS_IMAGE, text)
+            unsettled[int(rest.roi[k])].update(candidates[:, k].tolist())
         rest = rest.take(row == _NONE)
         if not (row >= 0).any():
             break
@@ -323,8 +334,11 @@ def _match(
 _NONE, _SEVERAL = -1, -2
 
 
-def _rows(rings: _Rings, match: Match, structure_set: StructureSet, index: ImageIndex) -> Int64:
-    """(r,) row of the SliceTable that each ring lies on with all of its points, or why none.
+def _rows(
+    rings: _Rings, match: Match, structure_set: StructureSet, index: ImageIndex
+) -> tuple[Int64, Int64]:
+    """(r,) row of the SliceTable that each ring lies on with all of its points, or why none; and
+    (v, r) the rows in each volume, -1 where it has none.
 
     Where several volumes have its plane (phases of a cine series), the image that it refers to.
     """
@@ -334,7 +348,7 @@ def _rows(rings: _Rings, match: Match, structure_set: StructureSet, index: Image
         image = structure_set.outlines[rings.index[k]].image
         meant = set(index.by_sop_instance_uid.get(image, ())) & set(rows[:, k].tolist())
         found[k] = meant.pop() if len(meant) == 1 else _SEVERAL
-    return found
+    return found, rows
 
 
 def _off_slices(rings: _Rings, laid: Sequence[_Laid]) -> _Fates:
@@ -364,14 +378,13 @@ def _off_slices(rings: _Rings, laid: Sequence[_Laid]) -> _Fates:
 
 
 def _annotations(
-    path: str, structure_set: StructureSet, laid: Sequence[_Laid]
+    path: str, structure_set: StructureSet, laid: Sequence[_Laid], unsettled: _Unsettled
 ) -> tuple[Annotation, ...]:
     """One per ROI and series; without rings only for the first series."""
     outlines = structure_set.outlines
     found = []
     done: set[int] = set()
     for one in laid:
-        looked_at = one.looked_at()
         by_roi: dict[int, list[int]] = {roi: [] for roi in sorted(one.rois)}
         for k, outline in enumerate(one.index.tolist()):
             by_roi[outlines[outline].roi].append(k)
@@ -387,7 +400,7 @@ def _annotations(
                     path=path,
                     name=structure_set.rois[roi].name,
                     found_by=one.match.found_by,
-                    looked_at=looked_at,
+                    looked_at=one.looked_at(unsettled.get(roi, ())),
                     slice=one.row[places],
                     offset=-1 - offsets if structure_set.deflated else offsets,
                     length=np.array([len(outline.raw) for outline in drawn], np.int64),
@@ -488,7 +501,7 @@ def _pixels(points_patient: Float64, offsets: Int64, plane: Int64, slices: Slice
     planes, first = np.unique(plane, return_index=True)
     ends = offsets[[*first, len(plane)]].tolist()
     for k, (begin, end) in zip(planes.tolist(), pairwise(ends), strict=True):
-        points[begin:end], _ = to_pixels(points_patient[begin:end], slices.plane_geometry[k])
+        points[begin:end] = to_pixels(points_patient[begin:end], slices.plane_geometry[k])
     return points
 
 

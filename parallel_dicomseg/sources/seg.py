@@ -169,9 +169,8 @@ def _place_frames(header: Header, path: str, index: ImageIndex, images: SliceTab
     row = np.full(header.frames, -1, np.int64)
     targets: list[tuple[Int64, str]] = []
     rivals = 0
-    for frames in _parallel_frames(header.planes):
-        match = _match(header, path, index, frames)
-        if match:
+    for parallel in _parallel_frames(header.planes):
+        for match, frames in _matches(header, path, index, parallel):
             row[frames] = _on_slices(match, _centres(header, frames), [referred[f] for f in frames])
             rivals = max(rivals, match.rivals)
             targets += [
@@ -213,6 +212,22 @@ def _centres(header: Header, frames: Int64) -> Float64:
     """(k, 3) mm: the middle of each frame, where a tilt within the tolerance matters least."""
     middle = np.array([[(header.columns - 1) / 2, (header.rows - 1) / 2]])
     return np.concatenate([to_patient(middle, header.planes[frame]) for frame in frames])
+
+
+def _matches(
+    header: Header, path: str, index: ImageIndex, frames: Int64
+) -> Iterator[tuple[Match, Int64]]:
+    """The series that parallel frames were drawn on, several if they refer to them."""
+    match = _match(header, path, index, frames)
+    while match:
+        yield match, frames
+        off = match.on_slices(_centres(header, frames)) < 0
+        if not off.any() or match.rivals:
+            return
+        frames = frames[off]
+        match = _match(header, path, index, frames)
+        if match and match.found_by != "reference":
+            return
 
 
 def _match(header: Header, path: str, index: ImageIndex, frames: Int64) -> Match | None:
@@ -387,7 +402,7 @@ def _steps(own_plane: Float64, image_plane: Float64) -> Steps:
     to the next column and to the next row; rounded, so that all frames of a volume agree.
     """
     corner = to_patient([[0, 0], [1, 0], [0, 1]], image_plane)
-    points, _ = to_pixels(corner, own_plane)
+    points = to_pixels(corner, own_plane)
     first, column_step, row_step = points[0], points[1] - points[0], points[2] - points[0]
     rounded = np.array([first.round(7), column_step.round(10), row_step.round(10)])
     return tuple((float(column), float(row)) for column, row in rounded)  # type: ignore[return-value]
@@ -422,7 +437,7 @@ def _count_outside(
 ) -> int:
     """How many pixels of the mask have their centre outside the image."""
     columns_rows = np.argwhere(mask)[:, ::-1]
-    points, _ = to_pixels(to_patient(columns_rows, own_plane), image_plane)
+    points = to_pixels(to_patient(columns_rows, own_plane), image_plane)
     points = points.round(_DECIMALS)
     inside = (points >= -0.5).all(axis=1) & (points < np.array(shape[::-1]) - 0.5).all(axis=1)
     return int((~inside).sum())

@@ -17,10 +17,10 @@ from numpy.typing import NDArray
 from parallel_dicomseg.codec import CODECS, decode
 from parallel_dicomseg.errors import LayoutError
 from parallel_dicomseg.records import Checks, Problem, Reason
+from parallel_dicomseg.store.attributes import attributes_crc32c, plain_attributes
 from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, chunk_index, view_shape
 from parallel_dicomseg.store.headers import plain_header, plain_value
 
-_SCALE_ATTRIBUTES = ("DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "CLASS", "NAME")
 # What the root says besides format, version and codec; 0 and 1.0 are both numbers.
 _ATTRIBUTES: dict[str, type | tuple[type, ...]] = {
     "source": str,
@@ -114,7 +114,7 @@ class Dataset:
         with ExitStack() as resources:
             self._file = resources.enter_context(_open(self.path))
             with _reading(self.path, "attributes of /"):
-                self.attributes: dict[str, Any] = _plain_attributes(self._file)
+                self.attributes: dict[str, Any] = plain_attributes(self._file)
             _check_format(self.path, self.attributes)
             with _reading(self.path, "the file"):
                 descriptor = os.open(self.path, os.O_RDONLY)
@@ -174,10 +174,22 @@ class Dataset:
         with _reading(self.path, f"axes of {name}"):
             return tuple(str(axis.label) for axis in self._file[name].dims)
 
+    def objects(self) -> tuple[str, ...]:
+        """Names of all groups and datasets, 'table' and 'table/area' among them."""
+        names: list[str] = []
+        with _reading(self.path, "/"):
+            self._file.visit(names.append)
+        return tuple(names)
+
+    def attributes_crc32c(self) -> int:
+        """The checksum of the attributes as they are; the root says what it should be."""
+        with _reading(self.path, "attributes"):
+            return attributes_crc32c(self._file)
+
     def attributes_of(self, name: str) -> dict[str, Any]:
         """Attributes of a dataset, without those that HDF5 keeps its dimension scales in."""
         with _reading(self.path, f"attributes of {name}"):
-            return _plain_attributes(self._file[name])
+            return plain_attributes(self._file[name])
 
     def column(self, name: str, group: str = "table") -> NDArray[Any]:
         """One column of /table (or another group), (n, …); text as fixed-length bytes."""
@@ -312,7 +324,7 @@ def _check_format(path: Path, attributes: dict[str, Any]) -> None:
 
 def _structures(masks: h5py.Dataset) -> tuple[tuple[str, ...], tuple[tuple[int, int], ...]]:
     """Names in bit order, and pairs (inner, outer) of their places."""
-    attributes = _plain_attributes(masks)
+    attributes = plain_attributes(masks)
     structures: tuple[str, ...] = tuple(attributes["structures"])
     if masks.dtype.kind != "u" or len(structures) > 8 * masks.dtype.itemsize:
         raise ValueError(f"{len(structures)} structures in masks of type {masks.dtype}")
@@ -320,23 +332,3 @@ def _structures(masks: h5py.Dataset) -> tuple[tuple[str, ...], tuple[tuple[int, 
     return structures, tuple(
         (structures.index(inner), structures.index(outer)) for inner, outer in pairs
     )
-
-
-def _plain_attributes(owner: h5py.HLObject) -> dict[str, Any]:
-    """Attributes as Python numbers, texts, bools or lists of them."""
-    names = [name for name in owner.attrs if name not in _SCALE_ATTRIBUTES]
-    return {name: _plain(owner.attrs[name]) for name in names}
-
-
-def _plain(value: Any) -> Any:
-    plain = value.tolist() if isinstance(value, np.generic | np.ndarray) else value
-    return [_text(item) for item in plain] if isinstance(plain, list) else _text(plain)
-
-
-def _text(value: Any) -> Any:
-    """Text of fixed length as str; damaged text, which h5py reads as surrogates, is refused."""
-    if isinstance(value, bytes):
-        return value.decode()
-    if isinstance(value, str):
-        value.encode()
-    return value

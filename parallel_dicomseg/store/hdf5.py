@@ -39,6 +39,7 @@ from parallel_dicomseg.records import (
     SliceTable,
     Summary,
 )
+from parallel_dicomseg.store.attributes import CHECKSUM, attributes_crc32c
 from parallel_dicomseg.store.headers import (
     Fragment,
     full_header,
@@ -128,7 +129,7 @@ class Hdf5Writer:
         grid: Float64 | None = None,
         identity: Policy | None = None,
         root: str = "",
-        decoders: Mapping[str, str] | None = None,
+        provenance: Mapping[str, Sequence[str]] | None = None,
         overwrite: bool = False,
     ) -> None:
         """Prepare; nothing is written before the context is entered.
@@ -148,8 +149,9 @@ class Hdf5Writer:
             What the file may say of patients; `layout.keep_identity` alone by default.
         root
             The data directory, from which headers are read in full where identity is kept.
-        decoders
-            What decoded each compressed transfer syntax, by its UID.
+        provenance
+            Further attributes of the root that say how the file was made: lists of texts, as
+            docs/format.md names them.
         overwrite
             Replace an existing output.
         """
@@ -161,7 +163,7 @@ class Hdf5Writer:
         self._grid = np.tile(WHOLE_IMAGE, (len(slices), 1)) if grid is None else grid
         self._identity = identity or Policy(keep_identity=layout.keep_identity)
         self._root = root
-        self._decoders = decoders or {}
+        self._provenance = provenance or {}
         self._overwrite = overwrite
         self._held = ExitStack()
         self._file: h5py.File | None = None
@@ -277,7 +279,7 @@ class Hdf5Writer:
     ) -> tuple[Problem, ...]:
         """Everything but the chunks; the problems, and those of headers that cannot be read."""
         images, masks = file["images"], file["masks"]
-        _write_attributes(file, self._layout, self._identity, self._decoders)
+        _write_attributes(file, self._layout, self._identity, self._provenance)
         _describe_arrays(images, masks, self._layout)
         scales = _Scales(file)
         scales.attach(images, *IMAGE_AXES[: images.ndim])
@@ -293,6 +295,7 @@ class Hdf5Writer:
         file["table/intensity"].attrs["statistics"] = list(INTENSITY_STATISTICS)
         for name, source in (("input", images), ("output", masks)):
             _write_view(file, name, source, scales)
+        file.attrs[CHECKSUM] = np.uint32(attributes_crc32c(file))
         return problems
 
     def _write_headers(
@@ -462,7 +465,7 @@ def _joined(measured: Sequence[Measured]) -> Measured:
 
 
 def _write_attributes(
-    file: h5py.File, layout: Layout, identity: Policy, decoders: Mapping[str, str]
+    file: h5py.File, layout: Layout, identity: Policy, provenance: Mapping[str, Sequence[str]]
 ) -> None:
     attributes = {
         "format": FORMAT,
@@ -485,8 +488,8 @@ def _write_attributes(
     }
     for name, value in attributes.items():
         file.attrs[name] = value
-    if decoders:
-        file.attrs["decoders"] = [f"{uid} {decoders[uid]}" for uid in sorted(decoders)]
+    for name, listed in provenance.items():
+        file.attrs[name] = list(listed)
 
 
 def _describe_arrays(images: h5py.Dataset, masks: h5py.Dataset, layout: Layout) -> None:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from parallel_dicomseg.checks import measure_intensity, measure_masks, raise_flags
 from parallel_dicomseg.errors import LayoutError
 from parallel_dicomseg.records import FLAGS, Checks, Int64, Progress
+from parallel_dicomseg.store.attributes import CHECKSUM
 from parallel_dicomseg.store.dataset import Dataset, open_dataset
 from parallel_dicomseg.store.hdf5 import view_shape
 from parallel_dicomseg.store.table import Columns, volume_columns
@@ -72,8 +73,8 @@ def verify_file(
 
     Every chunk is compared with its checksum and decoded; area, components, nesting and intensity
     are measured again; the columns that follow from others are computed again; /series, /volumes,
-    /headers, /rejected and the views are compared with the table; no patient may be in two parts
-    of the split.
+    /headers, /rejected and the views are compared with the table, the attributes with their
+    checksum; no patient may be in two parts of the split.
 
     Raises
     ------
@@ -90,6 +91,7 @@ def verify_file(
         problems += _check_headers(dataset)
         problems += _check_rejected(dataset)
         problems += _check_views(dataset)
+        problems += _check_attributes(dataset)
         if dataset.masks.shape != dataset.images.shape[:3]:
             problems.append(f"/masks is {dataset.masks.shape}, /images is {dataset.images.shape}")
         else:
@@ -353,6 +355,25 @@ def _check_views(dataset: Dataset) -> list[str]:
                     f"/{name} is {shape} of {shown} with lshape {lshape}, "
                     f"it should be {wanted[0]} of {wanted[1]} with lshape {wanted[2]}"
                 )
+    return problems
+
+
+def _check_attributes(dataset: Dataset) -> list[str]:
+    """Every object opens, with its attributes; those with a checksum agree with it.
+
+    Names of axes are not read: damaged ones make HDF5 end the process.
+    """
+    problems: list[str] = []
+    with _noting(problems):
+        for name in dataset.objects():
+            with _noting(problems):
+                dataset.attributes_of(name)
+    if problems:
+        return problems
+    with _noting(problems):
+        found, wanted = dataset.attributes_crc32c(), dataset.attributes.get(CHECKSUM)
+        if found != wanted:
+            problems.append(f"attributes have checksum {found}, {CHECKSUM} of / is {wanted}")
     return problems
 
 

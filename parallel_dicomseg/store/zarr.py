@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from parallel_dicomseg.codec import BLOSC, encode, mirror_codec
 from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.records import Progress
+from parallel_dicomseg.store.attributes import CHECKSUM
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset
 from parallel_dicomseg.store.hdf5 import FORMAT, IMAGE_AXES
 
@@ -90,7 +91,8 @@ def _write_group(
 
     codec = mirror_codec(str(dataset.attributes["codec"]))
     group = zarr.open_group(str(directory), mode="w", zarr_format=3)
-    group.attrs.update({**dataset.attributes, "codec": codec})
+    said = {name: value for name, value in dataset.attributes.items() if name != CHECKSUM}
+    group.attrs.update({**said, "codec": codec})
     for array in (dataset.images, dataset.masks):
         _create_array(group, array, codec, dataset.attributes_of(array.name))
     jobs = [
