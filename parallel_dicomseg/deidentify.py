@@ -68,11 +68,16 @@ _WORD = re.compile(r"\w+")
 _NAME = re.compile(r"\w.{2,}\w", re.DOTALL)
 
 # Names of folders that say nothing of anybody, and are words of the sentences.
+# fmt: off
 _PLAIN_WORDS = frozenset(
-    "annotation annotations contour contours data dicom file files folder frame frames header "
-    "image images mask masks number outline outlines patient patients pixel pixels position "
-    "segment segments series slice slices structure structures study".split()  # noqa: SIM905  # a list of words
+    {
+        "annotation", "annotations", "contour", "contours", "data", "dicom", "file", "files",
+        "folder", "frame", "frames", "header", "image", "images", "mask", "masks", "number",
+        "outline", "outlines", "patient", "patients", "pixel", "pixels", "position", "segment",
+        "segments", "series", "slice", "slices", "structure", "structures", "study",
+    }
 )
+# fmt: on
 
 _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INTEGER = re.compile(rb"[+-]?\d+")

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import SimpleITK
 import written
+from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel_dicomseg import ConvertOptions, convert_cohort, open_dataset, scan_cohort
+from parallel_dicomseg.cli import main
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.export import NoteKind, export_nifti, export_nnunet
 from parallel_dicomseg.export.nifti import count_overlapping, has_bit, label_map
@@ -339,6 +341,20 @@ def test_what_was_not_annotated_has_no_mask(file_of, tmp_path):
         (NoteKind.PARTLY_ANNOTATED, "'heart' is annotated on 3 of 4 slices"),
         (NoteKind.NOT_ANNOTATED, "'lung' is not annotated: there is no mask of it"),
     ]
+
+
+def test_notes_are_counted_by_kind_for_a_person(file_of, tmp_path):
+    """A line each, the first few of a kind; the rest is in export.json."""
+    nothing = {"masks": np.zeros((4, 5, 7), np.uint8), "annotated": np.zeros((4, 2), bool)}
+    file = file_of(*(Stack(**nothing, patient=f"patient-{k}") for k in range(1, 7)))
+
+    words = ["export", "nifti", str(file.path), str(tmp_path / "out")]
+    lines = CliRunner().invoke(main, words, catch_exceptions=False).stdout.splitlines()
+
+    assert lines[0].endswith("out: 6 files of 6 volumes")
+    assert lines[1] == "  not-annotated: 12"
+    assert lines[2].startswith("    patient-1_volume-0: 'heart' is not annotated")
+    assert lines[12:] == ["    and 2 more, see export.json there"]
 
 
 def test_exclusive_structures_fit_into_a_label_map(file_of, tmp_path):
