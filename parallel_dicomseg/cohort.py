@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,8 @@ NAMED_PROBLEMS = 3
 ANY, TREE = "auto", "dicom"
 # Files per header call: enough to make the GIL rare, few enough for a smooth progress bar.
 _FILES_PER_CALL = 512
+# Options that do not change what is found, or name places.
+_NOT_SAID = frozenset({"aliases", "contours_sub_dir", "link_file_name", "workers"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +177,7 @@ def scan_cohort(
         headers={name: column.take(keep) for name, column in images.headers.items()},
         spelled=selected.spelled,
         unmatched=selected.unmatched,
+        scanned_with=_said(options),
         found_by=selected.found_by,
         problems=tuple(sorted(problems, key=lambda p: (p.path, p.reason, p.detail))),
     )
@@ -185,6 +189,15 @@ def _check_options(options: ScanOptions) -> Aliases:
     if options.split:
         check_fractions(options.split)
     return read_aliases(options.aliases) if options.aliases else {}
+
+
+def _said(options: ScanOptions) -> tuple[str, ...]:
+    """The options that decide what is in a cohort, without paths."""
+    return tuple(
+        f"{field.name} {json.dumps(getattr(options, field.name))}"
+        for field in fields(options)
+        if field.name not in _NOT_SAID
+    )
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -278,6 +278,7 @@ def _provenance(
     """What the layout does not say of how a file was made: lists of texts, none of them empty."""
     grid = {name: getattr(options, name) for name in ("spacing", "size", "fit", "color")}
     said = {
+        "scanned_with": list(cohort.scanned_with),
         "grid": [f"{name} {json.dumps(value)}" for name, value in grid.items()],
         "decoders": [f"{uid} {decoders[uid]}" for uid in sorted(decoders)],
         "found_by": [f"{how} {count}" for how, count in cohort.found_by.items()],

@@ -277,6 +277,8 @@ class Cohort:
     """What the files call each structure."""
     unmatched: dict[str, int] = field(default_factory=dict)
     """Annotations of other structures, by the name that the files give them."""
+    scanned_with: tuple[str, ...] = ()
+    """Options of the scan that say what is in it, each as 'name value'."""
 
 
 @dataclass(frozen=True, slots=True)

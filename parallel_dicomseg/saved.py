@@ -250,6 +250,7 @@ def _settings(cohort: Cohort) -> dict[str, Any]:
         "found_by": dict(cohort.found_by),
         "spelled": {name: list(called) for name, called in cohort.spelled.items()},
         "unmatched": cohort.unmatched,
+        "scanned_with": list(cohort.scanned_with),
         "images": len(cohort.slices),
     }
 
@@ -396,6 +397,7 @@ def load_scan(directory: str | Path) -> Cohort:
         headers=_headers(_read_csv(directory / HEADERS), row_of, settings.images),
         spelled=settings.spelled,
         unmatched=settings.unmatched,
+        scanned_with=settings.scanned_with,
         found_by=settings.found_by,
         problems=_problems(_read_csv(directory / PROBLEMS)),
     )
@@ -412,6 +414,7 @@ class _Settings:
     nested: tuple[tuple[int, int], ...]
     spelled: dict[str, tuple[str, ...]]
     unmatched: dict[str, int]
+    scanned_with: tuple[str, ...]
     found_by: dict[str, int]
     images: int
     """How many were saved: an `id` is below it."""
@@ -445,6 +448,9 @@ def _read_settings(path: Path) -> _Settings:
         nested=tuple((inner, outer) for inner, outer in pairs),
         spelled={name: tuple(called) for name, called in spelled.items()},
         unmatched=_setting(path, content, "unmatched", _is_counter, "counts by name"),
+        scanned_with=tuple(
+            _setting(path, content, "scanned_with", _is_list_of(_is_text), "a list of texts")
+        ),
         found_by=found_by,
         images=_setting(path, content, "images", _is_count, "a count"),
     )

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from graphlib import TopologicalSorter
 from typing import Any
 
 import numpy as np
@@ -231,7 +232,10 @@ def annotation_notes(
 
 
 def chosen_structures(dataset: Dataset, names: Sequence[str] | None) -> tuple[int, ...]:
-    """Bits of the structures with these names, in this order; all where `names` is None.
+    """Bits of the structures with these names, in this order.
+
+    All where `names` is None: what lies inside another structure after it, so that a label map, in
+    which the last one wins, keeps both.
 
     Raises
     ------
@@ -239,7 +243,7 @@ def chosen_structures(dataset: Dataset, names: Sequence[str] | None) -> tuple[in
         A name is not one of the file's structures, or stands there twice.
     """
     if names is None:
-        return tuple(range(len(dataset.structures)))
+        return _outer_first(len(dataset.structures), dataset.nested)
     for name in names:
         if name not in dataset.structures:
             known = ", ".join(map(repr, dataset.structures))
@@ -247,6 +251,12 @@ def chosen_structures(dataset: Dataset, names: Sequence[str] | None) -> tuple[in
     if len(set(names)) < len(names):
         raise ConfigurationError(f"a structure is named twice: {', '.join(map(repr, names))}")
     return tuple(dataset.structures.index(name) for name in names)
+
+
+def _outer_first(structures: int, nested: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """Bits in their order, but each after those that it lies inside; `nested` is (inner, outer)."""
+    inside = {bit: {outer for inner, outer in nested if inner == bit} for bit in range(structures)}
+    return tuple(TopologicalSorter(inside).static_order())
 
 
 def safe_name(text: str) -> str:

@@ -289,7 +289,8 @@ def open_dataset(path: str | Path) -> Dataset:
 
 def _open(path: Path) -> h5py.File:
     if not path.is_file():
-        raise LayoutError(f"{path}: no such file")
+        there = "a folder, not a converted file" if path.is_dir() else "no such file"
+        raise LayoutError(f"{path}: {there}")
     try:
         return h5py.File(path, "r")
     except (OSError, RuntimeError) as error:

@@ -245,9 +245,10 @@ class Hdf5Writer:
             raise ConversionError("the writer is not open")
         found = conceal_paths((*problems, *self._problems), self._slices.path, self._identity)
         if not self._rows:
+            first = next((problem for problem in found if problem.is_rejection), None)
             raise ConversionError(
                 f"none of {self.slices_seen} slices could be converted; the first reason: "
-                + (f"{found[0].path}: {found[0].detail}" if found else "unknown")
+                + (f"{first.path}: {first.detail}" if first else "unknown")
             )
         kept = np.concatenate(self._kept)
         whole = len(kept) == len(self._slices)
