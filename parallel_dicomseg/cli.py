@@ -789,6 +789,7 @@ def only_slice(cohort: Cohort, index: int) -> Cohort:
         slices=cohort.slices.take(only),
         headers={name: column.take(only) for name, column in cohort.headers.items()},
         annotations=replace(mine, slice=np.zeros(len(mine), np.int64)),
+        marks=cohort.marks.on_slices(only),
         problems=(),
     )
 

@@ -21,6 +21,7 @@ from parallel_dicomseg.records import (
     Bytes,
     Cohort,
     Headers,
+    MarkTable,
     Problem,
     Progress,
     Reason,
@@ -180,6 +181,7 @@ def scan_cohort(
         scanned_with=_said(options),
         found_by=selected.found_by,
         problems=tuple(sorted(problems, key=lambda p: (p.path, p.reason, p.detail))),
+        marks=_marks_asked_for(drawn.marks, selected.unmatched).on_slices(keep),
     )
 
 
@@ -382,7 +384,7 @@ def _find_annotations(
     )
     detail = "not a DICOM file, though it lies where the images are"
     rejected = (Problem(path, Reason.NOT_DICOM, detail) for path in sorted(lost))
-    return Found(found.annotations, (*found.problems, *rejected))
+    return replace(found, problems=(*found.problems, *rejected))
 
 
 def _select(
@@ -427,6 +429,12 @@ def _spelled(annotations: Sequence[Annotation], chosen: Chosen) -> dict[str, tup
     for annotation, structure in pairs:
         names[chosen.names[structure]].add(annotations[annotation].name)
     return {name: tuple(sorted(called)) for name, called in names.items()}
+
+
+def _marks_asked_for(marks: MarkTable, unmatched: Collection[str]) -> MarkTable:
+    """Without those of structures that nobody asked for."""
+    names = {name.encode("utf-8", "backslashreplace") for name in unmatched}
+    return marks.take(np.array([name not in names for name in marks.name.tolist()], np.bool_))
 
 
 def _is_numbered(annotation: Annotation) -> bool:

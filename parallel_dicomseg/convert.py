@@ -173,7 +173,12 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "def
         annotated=(0,),
     )
     nothing = AnnotationRefs((0,), (0,), (0,), ("sunnybrook",), ("",), (0,), (-1,))
-    encode_chunk(ChunkTask(0, os.devnull, layout, nowhere, nothing))
+    # stored as they are, and rescaled and placed as most of CT and MR are
+    placed = replace(
+        nowhere, stored_dtype=("<u2",), bits_stored=(12,), grid=((-1.0, 0.0, 1.0, 1.0),)
+    )
+    for slices in (nowhere, placed):
+        encode_chunk(ChunkTask(0, os.devnull, layout, slices, nothing))
     triangle = Contours(
         points_column_row=np.array([[1.0, 1.0], [6.0, 1.0], [3.0, 6.0]]),
         offsets=np.array([0, 3]),
@@ -265,6 +270,7 @@ def open_writer(
         slices,
         headers=plan.cohort.headers,
         grid=plan.grid,
+        marks=plan.cohort.marks,
         identity=identity,
         root=plan.cohort.root,
         provenance=_provenance(plan.cohort, options, _decoders_of(slices)),
@@ -305,11 +311,12 @@ def _decoders_of(slices: SliceTable) -> dict[str, str]:
         strict=True,
     )
     found = {}
-    for uid, bits_allocated, samples in sorted(set(kinds)):
-        decoder = decoder_for(uid.decode(), bits_allocated, samples)
+    for raw_uid, bits_allocated, samples in sorted(set(kinds)):
+        uid = raw_uid.decode("ascii", "replace")
+        decoder = decoder_for(uid, bits_allocated, samples)
         package = _DISTRIBUTIONS.get(decoder.module) if decoder else None
         if package and package in versions:
-            found[uid.decode()] = f"{package} {versions[package]}"
+            found[uid] = f"{package} {versions[package]}"
     return found
 
 

@@ -35,6 +35,8 @@ from parallel_dicomseg.sources.registry import readers
 _ELLIPTIC = frozenset({"sunnybrook"})
 # Slices whose annotations are read at a time to find out where the structures are.
 _SLICES_PER_LOOK = 256
+# The grid of an image that is stored as it is.
+_AS_IS = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,7 @@ def structure_centers(cohort: Cohort, contour_origin: float) -> Float64:
     of the volume, so that a volume stays one; NaN where nothing is drawn.
     """
     slices = cohort.slices
-    as_they_are = np.tile((0.0, 0.0, 1.0, 1.0), (len(slices), 1))
+    as_they_are = np.tile(_AS_IS, (len(slices), 1))
     low, high = np.full((len(slices), 2), np.inf), np.full((len(slices), 2), -np.inf)
     last = np.stack([slices.rows, slices.columns], axis=1) - 1.0
     for first in range(0, len(slices), _SLICES_PER_LOOK):
@@ -193,7 +195,7 @@ def _without_overlaps(
 
 def on_grid(contours: Contours, grid: Float64) -> Contours:
     """Rings in pixels of their source images, brought to the stored grids (n, 4)."""
-    if not len(contours) or (grid == (0.0, 0.0, 1.0, 1.0)).all():
+    if not len(contours) or (grid == _AS_IS).all():
         return contours
     row, column, row_step, column_step = np.repeat(
         grid[contours.plane], np.diff(contours.offsets), axis=0
@@ -252,9 +254,16 @@ def _along(origin: float, step: float, source: int, stored: int) -> tuple[int, i
     return first, stop - first, slice(low - first, high - first), slice(low, high)
 
 
+def _drawn_and_moved(contours: Contours, slices: SliceRefs, shape: tuple[int, ...]) -> list[int]:
+    """The slices with rings whose stored image is not the source image as it is."""
+    sizes = zip(slices.rows, slices.columns, strict=True)
+    moved = [grid != _AS_IS or size != shape for grid, size in zip(slices.grid, sizes, strict=True)]
+    return [plane for plane in np.unique(contours.plane).tolist() if moved[plane]]
+
+
 def _clear_padding(contours: Contours, slices: SliceRefs, masks: NDArray[Any]) -> None:
     """Take out what rings draw beyond their source image: no pixel of it is there."""
-    for plane in np.unique(contours.plane).tolist():
+    for plane in _drawn_and_moved(contours, slices, masks.shape[1:]):
         mask = masks[plane]
         rows, columns = _place(slices, plane, mask.shape).stored
         mask[: rows.start] = mask[rows.stop :] = 0
@@ -269,7 +278,7 @@ def _uncropped(
     `contours` are in pixels of the source images.
     """
     whole = {}
-    for plane in np.unique(contours.plane).tolist():
+    for plane in _drawn_and_moved(contours, slices, masks.shape[1:]):
         place = _place(slices, plane, masks.shape[1:])
         if place.is_cropped:
             rings = contours.take(contours.plane == plane)
@@ -288,9 +297,11 @@ def _draw_bitmap(
     bit = mask.dtype.type(1 << bitmap.structure)
     place = _place(slices, bitmap.plane, mask.shape)
     drawn = resample_mask(bitmap.mask, place.grid, place.shape)
-    mask[place.stored][drawn[place.kept]] |= bit
+    stored = mask[place.stored]
+    np.bitwise_or(stored, bit, out=stored, where=drawn[place.kept])
     if place.is_cropped:
-        whole.setdefault(bitmap.plane, np.zeros(place.shape, mask.dtype))[drawn] |= bit
+        full = whole.setdefault(bitmap.plane, np.zeros(place.shape, mask.dtype))
+        np.bitwise_or(full, bit, out=full, where=drawn)
 
 
 def _cropped(

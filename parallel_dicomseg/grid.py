@@ -30,6 +30,8 @@ FITS = ("center", "structure")
 MAX_PIXELS = 1 << 31
 # Spacings that agree to this fraction are the same: headers round them.
 _SAME_STEP = 1e-5
+# More rows than any image has, and still an integer.
+_ENDLESS = 2.0**40
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +76,11 @@ def make_grids(
         raise ConfigurationError(f"fit is {options.fit!r}, it can be {' or '.join(FITS)}")
     source = np.stack([slices.rows, slices.columns], axis=1).astype(np.int64)
     step = _steps(slices.pixel_spacing, spacing)
-    placed: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(step), axis=1)
+    known: NDArray[np.bool_] = np.logical_and.reduce(np.isfinite(step), axis=1)
+    with np.errstate(over="ignore"):
+        fits = known if size else known & ((source / step).prod(axis=1) <= MAX_PIXELS)
+    # where none fits it is not the images that are wrong
+    placed = fits if fits.any() else known
     shape = _output_size(source[placed], step[placed], size)
     if math.prod(shape) > MAX_PIXELS:
         raise ConfigurationError(
@@ -91,7 +97,7 @@ def make_grids(
         grid=np.concatenate([origin, step], axis=1),
         resampled=bool((step[placed] != 1).any()),
         notes=_notes(source[placed], step[placed], origin[placed], shape),
-        problems=_without_spacing(slices, placed),
+        problems=_left_out(slices, known, placed),
     )
 
 
@@ -99,9 +105,13 @@ def _per_axis(name: str, values: Sequence[float]) -> tuple[float, float] | None:
     """The two numbers of an option; one stands for both axes, none for no wish."""
     if not values:
         return None
-    if len(values) > 2 or not all(math.isfinite(value) and value > 0 for value in values):
+    whole = name == "size"
+    if len(values) > 2 or not all(
+        math.isfinite(value) and value > 0 and not (whole and value % 1) for value in values
+    ):
         given = " ".join(f"{value:g}" for value in values)
-        raise ConfigurationError(f"{name} is {given}: it takes one or two numbers above 0")
+        numbers = "whole numbers" if whole else "numbers"
+        raise ConfigurationError(f"{name} is {given}: it takes one or two {numbers} above 0")
     return float(values[0]), float(values[-1])
 
 
@@ -120,8 +130,9 @@ def _output_size(source: Int64, step: Float64, size: tuple[float, float] | None)
         return int(size[0]), int(size[1])
     if not len(source):
         return 1, 1
-    rows, columns = np.ceil(source / step - _SAME_STEP).astype(np.int64).max(axis=0).tolist()
-    return rows, columns
+    with np.errstate(over="ignore"):
+        most = np.ceil(source / step - _SAME_STEP).max(axis=0).clip(max=_ENDLESS)
+    return int(most[0]), int(most[1])
 
 
 def _notes(
@@ -157,12 +168,20 @@ def is_cropped(grid: Float64, source: Int64, shape: tuple[int, int]) -> NDArray[
     return cropped
 
 
-def _without_spacing(slices: SliceTable, placed: NDArray[np.bool_]) -> tuple[Problem, ...]:
-    return tuple(
-        Problem(
-            os.fsdecode(slices.path[i]),
-            Reason.MISSING_TAG,
-            "(0028,0030) Pixel Spacing is missing or not above 0, and a spacing is asked for",
-        )
-        for i in np.flatnonzero(~placed)
-    )
+def _left_out(
+    slices: SliceTable, known: NDArray[np.bool_], placed: NDArray[np.bool_]
+) -> tuple[Problem, ...]:
+    """Slices without a spacing, and those that would be too large at the one asked for."""
+    missing = "(0028,0030) Pixel Spacing is missing or not above 0, and a spacing is asked for"
+    problems = []
+    for i in np.flatnonzero(~placed).tolist():
+        reason, detail = Reason.MISSING_TAG, missing
+        if known[i]:
+            row_mm, column_mm = slices.pixel_spacing[i].tolist()
+            reason = Reason.UNSUPPORTED_PIXELS
+            detail = (
+                f"{slices.rows[i]} x {slices.columns[i]} pixels with (0028,0030) Pixel Spacing "
+                f"{row_mm:g} x {column_mm:g} are more than {MAX_PIXELS} at the spacing asked for"
+            )
+        problems.append(Problem(os.fsdecode(slices.path[i]), reason, detail))
+    return tuple(problems)

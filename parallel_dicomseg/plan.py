@@ -194,6 +194,7 @@ def _only(cohort: Cohort, keep: NDArray[np.bool_]) -> Cohort:
         slices=cohort.slices.take(keep),
         headers={name: column.take(keep) for name, column in cohort.headers.items()},
         annotations=replace(annotations, slice=renumbered),
+        marks=cohort.marks.on_slices(keep),
     )
 
 

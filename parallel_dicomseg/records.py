@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import Any, Self
 
@@ -252,6 +252,51 @@ class AnnotationTable:
 
 
 @dataclass(frozen=True, slots=True)
+class MarkTable:
+    """Single points that somebody set on images: they have no area, so they are in no mask.
+
+    One row per point, m rows, ascending by slice.
+    """
+
+    slice: Int64
+    """(m,) row of the SliceTable that the marks belong to."""
+    name: Bytes
+    """(m,) what the point marks, e.g. b'nodule-reader-1'; UTF-8."""
+    points_column_row: Float64
+    """(m, 2) pixels of the source image, integers at pixel centres, column first."""
+
+    def __len__(self) -> int:
+        return len(self.slice)
+
+    @classmethod
+    def empty(cls) -> Self:
+        """No mark."""
+        return cls(np.empty(0, np.int64), np.empty(0, "S1"), np.empty((0, 2)))
+
+    @classmethod
+    def concatenate(cls, tables: Sequence[Self]) -> Self:
+        """Several tables as one, marks of one slice in the order of the tables."""
+        if not tables:
+            return cls.empty()
+        joined = cls(
+            **{f.name: np.concatenate([getattr(t, f.name) for t in tables]) for f in fields(cls)}
+        )
+        return joined.take(np.argsort(joined.slice, kind="stable"))
+
+    def take(self, index: Index) -> Self:
+        """The rows that `index` selects (integers or booleans), in its order."""
+        return type(self)(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+    def on_slices(self, rows: NDArray[Any]) -> Self:
+        """The marks on the slices that `rows` selects (ascending integers, or booleans for all), of
+        which the first is slice 0 then.
+        """
+        kept = np.flatnonzero(rows) if rows.dtype == np.bool_ else rows
+        mine = self.take(np.isin(self.slice, kept))
+        return replace(mine, slice=np.searchsorted(kept, mine.slice).astype(np.int64))
+
+
+@dataclass(frozen=True, slots=True)
 class Cohort:
     """What a scan found: images, the outlines on them, and what does not belong together."""
 
@@ -279,6 +324,8 @@ class Cohort:
     """Annotations of other structures, by the name that the files give them."""
     scanned_with: tuple[str, ...] = ()
     """Options of the scan that say what is in it, each as 'name value'."""
+    marks: MarkTable = field(default_factory=MarkTable.empty)
+    """Points on the images of `slices`."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,8 +112,10 @@ def resample_mask(
 ) -> NDArray[np.bool_]:
     """The pixel of a mask (rows, columns) in which each stored pixel's centre lies; (*shape).
 
-    Half-open, see the module; outside the mask nothing is set.
+    Half-open, see the module; outside the mask nothing is set. Read-only use: it may be a view.
     """
+    if is_shift(grid):
+        return place(mask, grid, shape, 0.0)
     row, in_rows = _nearest(grid[0], grid[2], shape[0], mask.shape[0])
     column, in_columns = _nearest(grid[1], grid[3], shape[1], mask.shape[1])
     resampled = np.zeros(shape, bool)

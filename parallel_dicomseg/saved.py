@@ -2,6 +2,7 @@
 
     slices.csv       one row per image, one column per field of the SliceTable, first an `id`
     annotations.csv  one row per ring or frame; `id` is the image that it lies on
+    marks.csv        one row per point that somebody set; `column` and `row` in pixels, from 0
     headers.csv      one row per image: the DICOM attributes that are kept, by keyword
     problems.csv     what does not belong together
     series.csv       what there is per series, to look at; never read back
@@ -11,12 +12,12 @@ The tables hold patient identities, as the images do: the folder is made with mo
 files with mode 0600.
 
 What may be edited: rows of slices.csv may be deleted (what is drawn on them goes with them), and
-`patient_id`, `split` and everything else may be changed; rows of annotations.csv and problems.csv
-may be deleted; `root` in cohort.json is the data directory, wherever it lies now. Columns of one's
-own are ignored. The order of rows does not count: images are sorted by patient in natural order,
-then by `volume` and position, and volumes are numbered anew; a volume whose rows name two patients
-becomes two. Read the tables as text (`pandas.read_csv(path, dtype=str, keep_default_na=False)`),
-or identifiers such as 001 lose their zeros.
+`patient_id`, `split` and everything else may be changed; rows of annotations.csv, marks.csv and
+problems.csv may be deleted; `root` in cohort.json is the data directory, wherever it lies now.
+Columns of one's own are ignored. The order of rows does not count: images are sorted by patient in
+natural order, then by `volume` and position, and volumes are numbered anew; a volume whose rows
+name two patients becomes two. Read the tables as text (`pandas.read_csv(path, dtype=str,
+keep_default_na=False)`), or identifiers such as 001 lose their zeros.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from parallel_dicomseg.records import (
     Headers,
     Int32,
     Int64,
+    MarkTable,
     Problem,
     Reason,
     SliceTable,
@@ -56,8 +58,9 @@ from parallel_dicomseg.volumes import natural_key
 
 VERSION = 1
 SETTINGS, SLICES, ANNOTATIONS = "cohort.json", "slices.csv", "annotations.csv"
+MARKS = "marks.csv"
 HEADERS, PROBLEMS, SERIES = "headers.csv", "problems.csv", "series.csv"
-_FILES = {SETTINGS, SLICES, ANNOTATIONS, HEADERS, PROBLEMS, SERIES}
+_FILES = {SETTINGS, SLICES, ANNOTATIONS, MARKS, HEADERS, PROBLEMS, SERIES}
 PARTS = ("", "train", "validation", "test")
 _NOTE = "holds patient identities: keep it as you keep the images"
 
@@ -210,6 +213,7 @@ def _write_all(cohort: Cohort, folder: Path) -> None:
         folder / ANNOTATIONS,
         _in_blocks(len(drawn), lambda rows: _annotation_columns(cohort, drawn.take(rows))),
     )
+    _write_csv(folder / MARKS, [_mark_columns(cohort.marks)])
     _write_csv(
         folder / HEADERS,
         _in_blocks(len(slices), lambda rows: _header_columns(cohort.headers, rows)),
@@ -272,6 +276,16 @@ def _annotation_columns(cohort: Cohort, drawn: AnnotationTable) -> _Columns:
     structures = [cohort.structures[k] for k in drawn.structure.tolist()]
     columns = {name: _texts(getattr(drawn, name)) for name in _ANNOTATION_COLUMNS}
     return {"id": _texts(drawn.slice), "structure": structures, **columns}
+
+
+def _mark_columns(marks: MarkTable) -> _Columns:
+    column, row = marks.points_column_row.T
+    return {
+        "id": _texts(marks.slice),
+        "name": _texts(marks.name),
+        "column": _texts(column),
+        "row": _texts(row),
+    }
 
 
 def _header_columns(headers: Headers, rows: slice) -> _Columns:
@@ -400,6 +414,7 @@ def load_scan(directory: str | Path) -> Cohort:
         scanned_with=settings.scanned_with,
         found_by=settings.found_by,
         problems=_problems(_read_csv(directory / PROBLEMS)),
+        marks=_marks(_read_csv(directory / MARKS), row_of, settings.images),
     )
 
 
@@ -611,6 +626,12 @@ def _number(cell: str) -> float:
     return float(cell) if cell else math.nan
 
 
+def _finite(cell: str) -> float:
+    if not math.isfinite(value := float(cell)):
+        raise ValueError
+    return value
+
+
 def _truth(cell: str) -> bool:
     if cell.lower() not in _TRUTH:
         raise ValueError
@@ -701,6 +722,19 @@ def _annotations(table: _Table, row_of: Mapping[int, int], settings: _Settings) 
     keys = ("offset", "path", "kind", "layer", "structure", "slice")
     order = np.lexsort([columns[key] for key in keys])
     return drawn.take(order[drawn.slice[order] >= 0])
+
+
+def _marks(table: _Table, row_of: Mapping[int, int], images: int) -> MarkTable:
+    """The points on images that are still there."""
+    ids = _ids(table, images)
+    points = [table.parsed(name, _finite, "a finite number") for name in ("column", "row")]
+    marks = MarkTable(
+        slice=np.array([row_of.get(k, -1) for k in ids.tolist()], np.int64),
+        name=_encoded(table.cells("name")),
+        points_column_row=np.array(points, np.float64).T.reshape(-1, 2),
+    )
+    order = np.argsort(marks.slice, kind="stable")
+    return marks.take(order[marks.slice[order] >= 0])
 
 
 def _place(name: str, place: Mapping[str, int]) -> int:

@@ -500,3 +500,15 @@ def test_a_cohort_without_outlines_makes_a_file_that_verifies(cohort_directory, 
 
     assert (summary.slices, summary.structures, summary.annotated) == (12, (), ())
     assert verify_file(tmp_path / "x.h5").is_sound
+
+
+def test_a_transfer_syntax_that_is_no_text_costs_only_its_file(cohort_directory, tmp_path):
+    """Bytes of a UID may be anything."""
+    file = min(cohort_directory.glob("dicoms/*/*.dcm"))
+    uid = b"1.2.840.10008.1.2.1"
+    file.write_bytes(file.read_bytes().replace(uid, uid[:8] + b"\xea" + uid[9:], 1))
+
+    summary = convert(cohort_directory, tmp_path / "x.h5")
+
+    assert summary.slices == 11
+    assert summary.rejected >= 1

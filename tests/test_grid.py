@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from usual import slice_table
 
+from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.grid import is_cropped, make_grids
 from parallel_dicomseg.records import ConvertOptions
 
@@ -93,3 +94,27 @@ def test_is_cropped_where_a_pixel_is_missing(sizes, wanted):
     ]
     assert cropped.tolist() == twins
     assert any("cropped" in note for note in grids.notes) == any(twins)
+
+
+def test_one_impossible_spacing_costs_its_image_only():
+    """At 1 mm an image of 1e9 mm wide pixels would make all others as large as itself."""
+    spacing = np.array([[1.0, 1.0], [1e9, 1e9], [np.nan, np.nan]])
+
+    grids = make_grids(table_of([(10, 12)] * 3, spacing), ConvertOptions(spacing=(1.0,)))
+
+    assert (grids.rows, grids.columns) == (10, 12)
+    assert [problem.path for problem in grids.problems] == ["1.dcm", "2.dcm"]
+    assert "10 x 12 pixels with (0028,0030) Pixel Spacing 1e+09 x 1e+09" in grids.problems[0].detail
+
+
+def test_an_output_beyond_all_measure_is_refused():
+    """Where no image fits it is the spacing asked for that is wrong."""
+    with pytest.raises(ConfigurationError, match=r"10000000 x 12000000 pixels is larger"):
+        make_grids(table_of([(10, 12)]), ConvertOptions(spacing=(1e-6,)))
+
+
+@pytest.mark.parametrize("size", [(0,), (0.5,), (10, 2.5), (-3,), (1, 2, 3), (np.inf,)])
+def test_a_size_is_one_or_two_whole_numbers(size):
+    """Anything else is said before anything is made."""
+    with pytest.raises(ConfigurationError, match=r"size is .*: it takes one or two whole numbers"):
+        make_grids(table_of([(10, 12)]), ConvertOptions(size=size))

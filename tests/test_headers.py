@@ -27,7 +27,9 @@ from pydicom.uid import (
     ExplicitVRLittleEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLSLossless,
     MRImageStorage,
+    RLELossless,
     RTStructureSetStorage,
     SegmentationStorage,
 )
@@ -958,3 +960,39 @@ def test_nothing_of_a_scan_of_no_files_is_missing(tmp_path):
 
     assert (len(scanned.slices), scanned.headers, scanned.files) == (0, {}, ())
     assert scanned.slices.image_orientation_patient.shape == (0, 6)
+
+
+@pytest.mark.parametrize("scan", [scan_headers, scan_slowly])
+@pytest.mark.parametrize(
+    ("syntax", "rows", "reason", "detail"),
+    [
+        (RLELossless, 60000, Reason.PIXEL_DATA_SHORT, r"60000 x 64 .* need 7680000 bytes, more"),
+        (RLELossless, 64, None, ""),
+        (JPEGLSLossless, 60000, Reason.IMAGE_SIZE_DIFFERS, r"holds 64 x 64 .* is 60000 x 64"),
+        (JPEGLSLossless, 64, None, ""),
+    ],
+)
+def test_a_size_that_the_encoded_pixels_cannot_have_is_rejected(
+    tmp_path, scan, syntax, rows, reason, detail
+):
+    """One claim of 60,000 rows in a small file would make every image of a cohort as large."""
+    dataset = mr_image(Rows=64, Columns=64, PixelData=bytes(2 * 64 * 64))
+    dataset.compress(syntax)
+    dataset.Rows = rows
+    save(dataset, tmp_path / "a.dcm", syntax)
+
+    scanned = scan(tmp_path, ["a.dcm"])
+
+    assert len(scanned.slices) == (reason is None)
+    assert [problem.reason for problem in scanned.problems] == [reason] * (reason is not None)
+    assert all(re.search(detail, problem.detail) for problem in scanned.problems)
+
+
+def test_a_deflated_file_claims_no_more_than_it_can_inflate_to(tmp_path):
+    """Deflate packs 1032 times at most."""
+    dataset = mr_image(Rows=60000, Columns=60000)
+    save(dataset, tmp_path / "a.dcm", DeflatedExplicitVRLittleEndian)
+
+    scanned = scan_headers(tmp_path, ["a.dcm"])
+
+    assert [problem.reason for problem in scanned.problems] == [Reason.PIXEL_DATA_SHORT]

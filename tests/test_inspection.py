@@ -87,7 +87,7 @@ class SmallDataset:
         return {}
 
     def column(self, name: str, group: str = "table") -> NDArray[Any]:
-        """One column of the table, of /series or of /volumes."""
+        """One column of the table, of /series, /volumes or /marks."""
         spacing = [[1.5, 1.25]] * 2 + [[NAN, NAN]] * 3 + [[1.0, 2.0]]
         annotated = [[1, 1, 0], [1, 0, 0], [1, 1, 0], [1, 0, 0], [0, 0, 0], [0, 1, 0]]
         area = np.array([[10, 50, 0], [20, 0, 0], [40, 80, 0], [30, 0, 0], [0, 0, 0], [0, 60, 0]])
@@ -109,6 +109,7 @@ class SmallDataset:
             "pixel_spacing": np.array(spacing),
             "slice_thickness": np.array([8.0, 8.0, 8.0, 8.0, NAN, 10.0]),
             "intensity": np.array([[-5.0, 90.0, 20.0, 3.0], [0.0, 1200.0, 80.0, 9.0]] * 3),
+            "slice": np.array([2, 2, 5]),
             "flags": np.array([0, 1 << 4 | 1 << 5, 1 << 5, 0, 1 << 1, 0], np.uint16),
         }
         return columns[name]
@@ -167,6 +168,7 @@ def test_every_number_is_counted_from_the_columns(dataset: SmallDataset) -> None
         decoders={"1.2.840.10008.1.2.4.50": "pylibjpeg 2"},
         resampled=True,
         cropped_pixels=7,
+        marks=3,
         source_pixel_spacings=(SpacingCount(0.7, 0.7, 4), SpacingCount(0.5, 0.5, 2)),
         source_sizes=(SizeCount(20, 30, 5), SizeCount(40, 50, 1)),
         pixel_spacings=(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from dataclasses import fields, replace
 from itertools import pairwise
 from xml.sax.saxutils import escape
@@ -77,7 +79,8 @@ def slice_table(n, **columns):
 
 def images_of(reading, **changed):
     """A CT with an image for each plane of a file and one between each two, sorted by z."""
-    planes = sorted({(z, uid) for uid, z in reading.planes})
+    marked = (mark.plane for mark in reading.marks)
+    planes = sorted({(z, uid) for uid, z in (*reading.planes, *marked)})
     heights = [z for z, _ in planes]
     between = [(a + b) / 2 for a, b in pairwise(heights) if b - a > 1e-3]
     rows = sorted([*planes, *((z, b"") for z in between)])
@@ -211,7 +214,7 @@ def test_counts_of_real_files(shared_data, path, counts):
 
 
 def test_marks_and_non_nodules_of_a_real_file(shared_data):
-    """158.xml has 14 regions of one point and 12 non-nodules: counted, never drawn."""
+    """158.xml has 14 regions of one point and 12 non-nodules: points as they are in the file."""
     reading = reading_of(shared_data, FILES[0])
     found = lidc.find(
         str(shared_data / "lidc_xml"), scanned(FILES[0]), images_of(reading), ScanOptions()
@@ -220,6 +223,14 @@ def test_marks_and_non_nodules_of_a_real_file(shared_data):
     assert (reading.counts.marks, reading.counts.non_nodules) == (14, 12)
     assert [p.reason for p in found.problems] == [Reason.NO_AREA]
     assert found.problems[0].detail.startswith("14 marks; 12 non-nodules; 4 open outlines")
+    names = [name.decode().rpartition("-")[0] for name in found.marks.name]
+    assert Counter(names) == {"nodule-reader": 14, "non-nodule-reader": 12}
+    text = (shared_data / "lidc_xml" / FILES[0]).read_text()
+    loci = re.findall(r"<locus>\s*<xCoord>(\d+)</xCoord>\s*<yCoord>(\d+)</yCoord>", text)
+    others = found.marks.take(found.marks.name >= b"non")
+    assert sorted(map(tuple, others.points_column_row.tolist())) == sorted(
+        (float(x), float(y)) for x, y in loci
+    )
 
 
 @pytest.mark.parametrize("path", FILES)

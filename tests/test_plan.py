@@ -119,7 +119,7 @@ def test_masks_have_a_bit_per_structure(structures, expected):
         ({"pad_value": "air"}, "pad_value is 'air', it can be a number or 'minimum'"),
         ({"pad_value": "nan"}, "pad_value is nan, it must be finite"),
         ({"spacing": (1.0, 0.0)}, "spacing is 1 0: it takes one or two numbers above 0"),
-        ({"size": (1, 2, 3)}, "size is 1 2 3: it takes one or two numbers above 0"),
+        ({"size": (1, 2, 3)}, "size is 1 2 3: it takes one or two whole numbers above 0"),
         ({"size": (1 << 20, 1 << 20)}, "1048576 x 1048576 pixels is larger than"),
         ({"fit": "organ"}, "fit is 'organ', it can be center or structure"),
         ({"memory_limit": 1000}, "memory_limit is 1000 bytes, one slice of 64 x 64 pixels needs"),

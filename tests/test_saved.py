@@ -21,6 +21,7 @@ from parallel_dicomseg.records import (
     AnnotationTable,
     Cohort,
     HeaderColumn,
+    MarkTable,
     Problem,
     Reason,
     SliceTable,
@@ -92,7 +93,8 @@ def assert_same(one: Cohort, other: Cohort) -> None:
     for name in ("root", "source", "include_unannotated", "structures", "nested", "found_by"):
         assert getattr(one, name) == getattr(other, name)
     assert one.problems == other.problems
-    for table, twin in ((one.slices, other.slices), (one.annotations, other.annotations)):
+    for name in ("slices", "annotations", "marks"):
+        table, twin = getattr(one, name), getattr(other, name)
         for field in fields(table):
             left, right = getattr(table, field.name), getattr(twin, field.name)
             np.testing.assert_array_equal(left, right, err_msg=field.name)
@@ -216,7 +218,7 @@ def test_the_tables_open_in_pandas(saved: Path) -> None:
         for path in saved.glob("*.csv")
     }
 
-    assert set(read) == {"slices", "annotations", "headers", "problems", "series"}
+    assert set(read) == {"slices", "annotations", "marks", "headers", "problems", "series"}
     assert read["slices"].columns[0] == "id"
     assert read["slices"]["id"].tolist() == ["0", "1", "2", "3"]
     assert read["slices"]["image_position_patient_2"].tolist() == ["0.0", "1.0", "2.0", "3.0"]
@@ -225,6 +227,40 @@ def test_the_tables_open_in_pandas(saved: Path) -> None:
     assert read["series"][["images", "images_with_annotation", "rows"]].values.tolist() == [
         ["4", "4", "4"]
     ]
+
+
+def marked_cohort() -> Cohort:
+    """Four slices, points on the first and two on the last."""
+    marks = MarkTable(
+        slice=np.array([0, 3, 3]),
+        name=np.array([b"nodule-reader-1", 'Größe, "x"'.encode(), b"non-nodule-reader-2"]),
+        points_column_row=np.array([[1.0, 2.0], [0.1 + 0.2, -1e300], [5.0, 1 / 3]]),
+    )
+    return cohort_of(slice_table(4), [(0, 0), (3, 1)], marks=marks)
+
+
+def test_marks_come_back_and_go_with_their_slices(tmp_path: Path) -> None:
+    """Names and numbers to the bit; rows may be deleted in any order, and slices with theirs."""
+    cohort = marked_cohort()
+    save_scan(cohort, tmp_path / "scan")
+    assert_same(cohort, load_scan(tmp_path / "scan"))
+
+    edit(tmp_path / "scan", "marks.csv", lambda rows: [rows[2], rows[0]])
+    edit(tmp_path / "scan", "slices.csv", lambda rows: rows[1:])
+    marks = load_scan(tmp_path / "scan").marks
+
+    assert (marks.slice.tolist(), marks.name.tolist()) == ([2], [b"non-nodule-reader-2"])
+    assert marks.points_column_row.tolist() == [[5.0, 1 / 3]]
+
+
+@pytest.mark.parametrize("cell", ["", "nan", "inf", "x"])
+def test_a_mark_without_a_place_is_told(tmp_path: Path, cell: str) -> None:
+    """File, line and column of the first cell that is no finite number."""
+    save_scan(marked_cohort(), tmp_path / "scan")
+    edit(tmp_path / "scan", "marks.csv", set_cell(1, "row", cell))
+
+    with pytest.raises(LayoutError, match=r"marks\.csv, line 3, column row: needs a finite number"):
+        load_scan(tmp_path / "scan")
 
 
 def test_nobody_else_may_read_it(saved: Path) -> None:

@@ -42,7 +42,8 @@ def files(tmp_path_factory):
     paths = {}
     for codec in CODECS:
         paths[codec] = folder / f"{codec}.h5"
-        written.write(paths[codec], plan=written.layout(codec=codec), headers=written.headers())
+        more = {"headers": written.headers(), "marks": written.marks()}
+        written.write(paths[codec], plan=written.layout(codec=codec), **more)
         with open_dataset(paths[codec]) as dataset:
             mirror_to_zarr(dataset, folder / f"{codec}.zarr")
     return paths
@@ -94,11 +95,33 @@ def test_the_mirror_opens_in_zarr_and_tensorstore(files, codec):
         np.testing.assert_array_equal(array.read().result(), expected)
 
 
+def test_marks_follow_their_slices_onto_the_grid(tmp_path):
+    """Rows of the file, pixels of the stored images; none of a slice that was rejected."""
+    good = np.ones(10, bool)
+    good[[0, 7]] = False
+    grid = np.tile([2.0, -1.0, 0.5, 0.25], (10, 1))
+    written.write(tmp_path / "a.h5", good=good, grid=grid, marks=written.marks())
+    written.write(tmp_path / "b.h5")
+
+    with open_dataset(tmp_path / "a.h5") as dataset:
+        assert dataset.column("slice", "marks").tolist() == [0, 0]
+        assert dataset.column("name", "marks").tolist() == [
+            b"nodule-reader-1",
+            b"non-nodule-reader-2",
+        ]
+        assert dataset.column("column_row", "marks").tolist() == [[16.0, 5.0], [44.0, -8.0]]
+        assert dataset.axes("marks/column_row") == ("mark", "pixel_axis")
+    with open_dataset(tmp_path / "b.h5") as dataset:
+        assert [len(dataset.column(name, "marks")) for name in dataset.columns("marks")] == [0] * 3
+    assert verify_file(tmp_path / "a.h5").is_sound
+    assert verify_file(tmp_path / "b.h5").is_sound
+
+
 def test_the_mirror_has_every_column(files):
     """Tables are copied value by value, text as text."""
     group = zarr.open_group(str(files["deflate"].with_suffix(".zarr")), mode="r")
     with open_dataset(files["deflate"]) as dataset:
-        for table in ("table", "series", "volumes", "headers", "rejected"):
+        for table in ("table", "series", "volumes", "headers", "marks", "rejected"):
             assert set(group[table]) == set(dataset.columns(table))
             for name in dataset.columns(table):
                 values = dataset.column(name, table)
@@ -495,6 +518,28 @@ def no_json(file):
     file["series/header"][1] = b"EchoTime 2.5"
 
 
+def mark_off_the_file(file):
+    """A mark on a slice that is not there, and one on none."""
+    file["marks/slice"][:] = [1, 10, -1]
+
+
+def mark_without_place(file):
+    """A position that is no number."""
+    file["marks/column_row"][2] = [np.nan, 1.0]
+
+
+def marks_too_short(file):
+    """A mark without a name."""
+    names = file["marks/name"][:2]
+    del file["marks/name"]
+    file["marks/name"] = names
+
+
+def no_marks(file):
+    """The group is always there, empty where there is no mark."""
+    del file["marks"]
+
+
 def short_header(file):
     """A value for each slice but one."""
     values = file["headers/SliceLocation"][:]
@@ -523,6 +568,16 @@ def series_too_long(file):
         (short_header, ["/headers/SliceLocation is |S3 (9,), it should be text (10,)"]),
         (gap_in_series, ["/series does not cover slices 0 to 9 in order"]),
         (series_too_long, ["/series does not cover slices 0 to 9 in order"]),
+        (
+            mark_off_the_file,
+            [
+                "/marks/slice[1] is 10, /images has 10",
+                "/marks/slice[2] is -1, /images has 10",
+            ],
+        ),
+        (mark_without_place, ["/marks/column_row[2] is not finite"]),
+        (marks_too_short, ["/marks/name is |S19 (2,), it should be of kind 'S' (3,)"]),
+        (no_marks, ["/marks cannot be read"]),
         (shorter_rejected, ["/rejected has columns of different lengths: "]),
         (unknown_reason, ["/rejected cannot be read: 'bad-luck' is not a valid Reason"]),
         (harmless_rejection, ["/rejected/rejection[0] is True, the reason is stray-file"]),
@@ -532,7 +587,7 @@ def series_too_long(file):
     ],
 )
 def test_verify_looks_at_what_stands_beside_the_table(copy, damage, expected):
-    """Series, volumes, headers, rejections and views."""
+    """Series, volumes, headers, marks, rejections and views."""
     with h5py.File(copy, "r+") as file:
         damage(file)
 

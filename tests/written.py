@@ -11,6 +11,7 @@ from parallel_dicomseg.records import (
     EncodedChunk,
     HeaderColumn,
     Layout,
+    MarkTable,
     Measured,
     SliceTable,
 )
@@ -92,6 +93,15 @@ def headers(n=10):
         "PatientName": HeaderColumn(np.array([b"DOE^JOHN"]), same),
         "ReferringPhysicianName": HeaderColumn(np.array([b"Dr House"]), same),
     }
+
+
+def marks():
+    """Two points on slice 1, one on slice 7."""
+    return MarkTable(
+        slice=np.array([1, 1, 7]),
+        name=np.array([b"nodule-reader-1", b"non-nodule-reader-2", b"tip"]),
+        points_column_row=np.array([[3.0, 4.5], [10.0, -2.0], [30.25, 12.0]]),
+    )
 
 
 def pictures(n=10, samples=1, seed=5):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.dicom.slow_headers import (
+    DEFLATED,
     EXPLICIT_BIG_ENDIAN,
     EXPLICIT_LITTLE_ENDIAN,
     IMPLICIT_LITTLE_ENDIAN,
@@ -19,6 +20,8 @@ from parallel_dicomseg.records import Int64, Problem, Reason
 
 NATIVE_LITTLE_ENDIAN = (IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN)
 _NATIVE = (*NATIVE_LITTLE_ENDIAN, EXPLICIT_BIG_ENDIAN)
+
+_DEFLATED = (*DEFLATED, b"1.2.840.10008.1.2.8.1")
 
 GREY = (b"", b"MONOCHROME1", b"MONOCHROME2")
 PALETTE = b"PALETTE COLOR"
@@ -32,6 +35,9 @@ _COLOR = {
     b"YBR_PARTIAL_422": 4,
     b"YBR_PARTIAL_420": 3,
 }
+# How many times its own size an encoding can unpack to at most: two bytes of RLE are 128 (PS3.5
+# G.3.1), deflate's longest match is 258 bytes for two bits (RFC 1951).
+_MOST_UNPACKED = ((b"1.2.840.10008.1.2.5", 64), *((uid, 1032) for uid in _DEFLATED))
 _BITS_ALLOCATED = (1, 8, 16, 24, 32, 40, 48, 56, 64)
 _NEEDED = {
     "rows": "(0028,0010) Rows",
@@ -61,6 +67,7 @@ def find_problems(columns: dict[str, Any], paths: Sequence[str]) -> dict[int, Pr
     _find_wrong_samples(columns, add)
     _find_impossible_bits(columns, add)
     _find_short_pixels(columns, add)
+    _find_impossible_sizes(columns, add)
     _find_scale_problems(columns, add)
     return problems
 
@@ -167,6 +174,21 @@ def _find_short_pixels(columns: dict[str, Any], add: _Add) -> None:
             f"in {frames[i]:g} frame(s) need {expected[i]}"
         ),
     )
+
+
+def _find_impossible_sizes(columns: dict[str, Any], add: _Add) -> None:
+    """Reject more pixels than the whole file could unpack to: one claim makes all images large."""
+    expected, size = pixel_bytes(columns), columns["file_size"]
+    for syntax, most in _MOST_UNPACKED:
+        add(
+            (columns["transfer_syntax_uid"] == syntax) & (expected > most * size),
+            Reason.PIXEL_DATA_SHORT,
+            lambda i: (
+                f"Rows x Columns = {columns['rows'][i]} x {columns['columns'][i]} in "
+                f"{columns['number_of_frames'][i]:g} frame(s) need {expected[i]} bytes, more than "
+                f"a file of {size[i]} bytes can unpack to"
+            ),
+        )
 
 
 def pixel_bytes(columns: dict[str, Any], frames: NDArray[Any] | None = None) -> Int64:

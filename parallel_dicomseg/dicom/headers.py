@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.dicom.decoders import codestream_size
 from parallel_dicomseg.dicom.derived import complete, frame_offsets
 from parallel_dicomseg.dicom.elements import (
     MEDIA_STORAGE_SOP_CLASS_UID,
@@ -40,7 +41,7 @@ from parallel_dicomseg.dicom.elements import (
     overlay,
     value_of,
 )
-from parallel_dicomseg.dicom.guards import find_problems
+from parallel_dicomseg.dicom.guards import find_problems, pixel_bytes
 from parallel_dicomseg.dicom.slow_headers import (
     IMPLICIT_LITTLE_ENDIAN,
     FileHeader,
@@ -71,6 +72,9 @@ NOT_IMAGES = (
 _FILES_AT_ONCE = 4096
 _ROWS_AT_ONCE = 16384
 _LARGEST_GROUPS = 2**28
+# Encoded pixels that claim to be this many times as large are compared with their codestream.
+_SUSPICIOUS = 100
+_CODESTREAM_HEAD = 2**16
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +95,7 @@ class Scanned:
 class _Names:
     """Some of the files, consecutive in the list."""
 
+    root: str
     paths: Sequence[str]
     patients: Sequence[str] | None
     start: int
@@ -156,8 +161,8 @@ def scan_headers(
     for start in range(0, len(paths), _FILES_AT_ONCE):
         chosen = slice(start, start + _FILES_AT_ONCE)
         named = None if patients is None else patients[chosen]
-        parts += _scan_block(os.fspath(root), _Names(paths[chosen], named, start), others)
-    joined = _joined(parts or [_part_of(_single_rows([]), _Names((), None, 0), others)])
+        parts += _scan_block(_Names(os.fspath(root), paths[chosen], named, start), others)
+    joined = _joined(parts or [_part_of(_single_rows([]), _Names("", (), None, 0), others)])
     not_images = [others[i] for i in sorted(others)]
     return Scanned(
         joined.slices,
@@ -205,9 +210,9 @@ def _joined(parts: list[_Part]) -> _Part:
     )
 
 
-def _scan_block(root: str, names: _Names, others: _Others) -> Iterator[_Part]:
+def _scan_block(names: _Names, others: _Others) -> Iterator[_Part]:
     """Scan a few thousand files; those that are no image are added to `others`."""
-    walked = walk_files(root, names.paths) if AVAILABLE else None
+    walked = walk_files(names.root, names.paths) if AVAILABLE else None
     alone = np.ones(len(names.paths), bool)
     if walked is not None:
         sequences = walked.values.spans[:, [SLOT[tag] for tag in SEQUENCES], 1]
@@ -217,7 +222,7 @@ def _scan_block(root: str, names: _Names, others: _Others) -> Iterator[_Part]:
     single: list[tuple[int, FileHeader]] = []
     rows = 0
     for i in np.flatnonzero(alone).tolist():
-        found = _read_alone(root, names.paths[i], walked, i)
+        found = _read_alone(names.root, names.paths[i], walked, i)
         if not isinstance(found, FileHeader):
             others[names.start + i] = found
             continue
@@ -378,12 +383,47 @@ def _judge(
     """(m,) which rows are of images that can be converted; the files of the rest go to `others`."""
     paths = [names.paths[i] for i in rows.file.tolist()]
     classes = columns["sop_class_uid"]
-    rejected: dict[int, ScannedFile | Problem] = {**find_problems(columns, paths)}
+    rejected: dict[int, ScannedFile | Problem] = {
+        **_find_false_sizes(names.root, columns, paths),
+        **find_problems(columns, paths),
+    }
     for k in np.flatnonzero(np.isin(classes, NOT_IMAGES)).tolist():
         rejected[k] = ScannedFile(paths[k], classes[k].decode(), int(rows.size[k]))
     for k in sorted(rejected):
         others.setdefault(names.start + int(rows.file[k]), rejected[k])
     return ~np.isin(rows.file, rows.file[sorted(rejected)])
+
+
+def _find_false_sizes(
+    root: str, columns: dict[str, Any], paths: Sequence[str]
+) -> dict[int, Problem]:
+    """Images whose header claims far more than the file holds, and whose codestream says so.
+
+    One such claim would make all images of a cohort as large.
+    """
+    size = np.maximum(columns["file_size"], 1)
+    encoded = (columns["pixel_length"] < 0) & (columns["pixel_offset"] >= 0)
+    problems = {}
+    for i in np.flatnonzero(encoded & (pixel_bytes(columns) > _SUSPICIOUS * size)).tolist():
+        claimed = _first_codestream_size(Path(root) / paths[i], int(columns["pixel_offset"][i]))
+        expected = int(columns["rows"][i]), int(columns["columns"][i])
+        if claimed is not None and claimed != expected:
+            detail = (
+                f"the frame holds {claimed[0]} x {claimed[1]} pixels, (0028,0010) Rows x "
+                f"(0028,0011) Columns is {expected[0]} x {expected[1]}"
+            )
+            problems[i] = Problem(paths[i], Reason.IMAGE_SIZE_DIFFERS, detail)
+    return problems
+
+
+def _first_codestream_size(file: Path, pixel_offset: int) -> tuple[int, int] | None:
+    """Rows and columns in the first fragment of encapsulated pixels (PS3.5 A.4); None: unknown."""
+    try:
+        table = _read_bytes(file, pixel_offset, pixel_offset + 8)
+        first = pixel_offset + 16 + int.from_bytes(table[4:], "little")
+        return codestream_size(_read_bytes(file, first, first + _CODESTREAM_HEAD))
+    except OSError:
+        return None
 
 
 def _chosen(headers: Headers, index: Int64) -> Headers:

@@ -279,7 +279,8 @@ class _Native:
         )
         _read_and_place_frames(
             *self._places(),
-            raw.view(self.dtype).reshape(self.size),
+            # signs come from the bits: one compiled kernel for both kinds of integers
+            raw.view(f"<u{np.dtype(self.dtype).itemsize}").reshape(self.size),
             raw,
             *self._bits(layout),
             np.array(self._each(self.slices.rescale_slope, self.slices.rescale_intercept)),

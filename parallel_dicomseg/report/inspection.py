@@ -201,6 +201,8 @@ class Inspection:
     """Whether images were interpolated onto another spacing."""
     cropped_pixels: int
     """Pixels of masks that lie outside the stored images."""
+    marks: int
+    """Single points on the images, which are in no mask."""
     pixel_spacings: tuple[SpacingCount, ...]
     """As stored, most frequent first."""
     source_pixel_spacings: tuple[SpacingCount, ...]
@@ -283,6 +285,7 @@ def describe(dataset: InspectableDataset) -> Inspection:
         structures=_summarise_structures(dataset, annotated, outlined),
         decoders=dataset.decoders,
         cropped_pixels=int(dataset.column("cropped").sum()),
+        marks=len(dataset.column("slice", "marks")),
         pixel_spacings=_spacings(dataset.column("pixel_spacing")),
         source_pixel_spacings=_spacings(dataset.column("source_pixel_spacing")),
         source_sizes=_sizes(dataset),
@@ -624,6 +627,7 @@ def _facts_as_text(inspection: Inspection) -> list[tuple[str, str]]:
         ("split", _split(i)),
         ("images", f"{i.image_dtype}{low_high}"),
         ("masks", f"{i.mask_dtype}, rule {i.rule}, contour origin {i.contour_origin:g}"),
+        *([("marks", f"{i.marks:,} single points, in no mask")] if i.marks else []),
         ("size", _size(i)),
         *_grid(i),
         (

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -18,6 +18,7 @@ from parallel_dicomseg.records import (
     Annotation,
     AnnotationRefs,
     Drawn,
+    MarkTable,
     Problem,
     Reason,
     ScannedFile,
@@ -102,6 +103,8 @@ class Found:
     annotations: tuple[Annotation, ...]
     """One per structure, file and volume; also where nothing of it lies on an image."""
     problems: tuple[Problem, ...]
+    marks: MarkTable = field(default_factory=MarkTable.empty)
+    """Single points, which are in no mask; on rows of the images that the source was given."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ two points in a row, are never in the mask:
            minus the pixels of all these outlines
 
 The masks of one reader's nodules are united. A region of one point is a mark (a nodule below 3 mm)
-and has no area, nor has what the file calls a non-nodule.
+and has no area, nor has what the file calls a non-nodule: they are kept as points, in no mask.
 
 In an `Annotation` of this kind `offset` is the place of the slice in the file's list of slices, in
 the order in which it names them. `length` is the number of the reader, from 1, or minus the number
@@ -39,6 +39,7 @@ from parallel_dicomseg.records import (
     Drawn,
     Float64,
     Int64,
+    MarkTable,
     Problem,
     Reason,
     ScannedFile,
@@ -91,6 +92,22 @@ class Region:
 
 
 @dataclass(frozen=True, slots=True)
+class Mark:
+    """One point: a nodule below 3 mm, or what a reader did not take for a nodule."""
+
+    reader: int
+    """From 1, in the order of the file."""
+    is_nodule: bool
+    plane: Plane
+    point_column_row: tuple[int, int]
+
+    @property
+    def name(self) -> str:
+        """What and whose it is: 'nodule-reader-1', 'non-nodule-reader-2'."""
+        return f"{'' if self.is_nodule else 'non-'}nodule-reader-{self.reader}"
+
+
+@dataclass(frozen=True, slots=True)
 class Counts:
     """What was met in a file."""
 
@@ -122,6 +139,7 @@ class Reading:
     """Reading sessions."""
     planes: tuple[Plane, ...]
     regions: tuple[Region, ...]
+    marks: tuple[Mark, ...]
     counts: Counts
 
 
@@ -137,11 +155,13 @@ def find(
 
     Structures are 'nodule-reader-1' … (`options.readers` 'each') or 'nodule' ('consensus'). Images
     are those of the file's series, else those of its study, else those beside it, at the z that it
-    says; where an image of the UID that it says is elsewhere, the outline is refused.
+    says; where an image of the UID that it says is elsewhere, the outline is refused. Marks are
+    'nodule-reader-1' … and 'non-nodule-reader-1' … in either case.
     """
     index = index_images(images)
     annotations: list[Annotation] = []
     problems: list[Problem] = []
+    marks: list[MarkTable] = []
     for file in filter(recognizes, files):
         reading = _load(root, file.path)
         if not isinstance(reading, Reading):
@@ -154,9 +174,11 @@ def find(
             problems += [Problem(file.path, *flaw)] if flaw else []
             continue
         place = _place_planes(reading, match, index, images)
-        problems += [Problem(file.path, *flaw) for flaw in place.flaws]
+        placed, flaws = _place_marks(reading.marks, match, index, images)
+        marks.append(placed)
+        problems += [Problem(file.path, *flaw) for flaw in (*place.flaws, *flaws)]
         annotations += _annotations(reading, file.path, match, place, options)
-    return Found(tuple(annotations), tuple(problems))
+    return Found(tuple(annotations), tuple(problems), MarkTable.concatenate(marks))
 
 
 def _without_place(reading: Reading, match: Match | None) -> Flaw | None:
@@ -181,7 +203,8 @@ def _oddities(counts: Counts) -> Iterator[Flaw]:
     }
     if any(odd.values()):
         parts = "; ".join(f"{number} {what}" for what, number in odd.items() if number)
-        yield Reason.NO_AREA, f"{parts}; {counts.outlines} outlines are used"
+        kept = "; /marks has the single points" if counts.marks or counts.non_nodules else ""
+        yield Reason.NO_AREA, f"{parts}; {counts.outlines} outlines are used{kept}"
     if counts.unusable:
         detail = f"{counts.unusable} regions without whole coordinates up to {_MAX_COORDINATE}"
         yield Reason.BAD_CONTOUR, f"{detail} or without inclusion"
@@ -246,7 +269,7 @@ def _match(reading: Reading, path: str, index: ImageIndex, images: SliceTable) -
     referred = np.array([_referred(plane, index) for plane in reading.planes], np.int64)
     match = find_volumes(
         index,
-        _points(reading, referred, images),
+        _points(reading.planes, referred, images),
         path=path,
         patient_id=b"",
         frame_of_reference_uid=b"",
@@ -275,25 +298,20 @@ def _referred(plane: Plane, index: ImageIndex) -> int:
     return next((row for row in rows if row in index.volume_of_row), -1)
 
 
-def _points(reading: Reading, referred: Int64, images: SliceTable) -> Float64:
+def _points(planes: Sequence[Plane], referred: Int64, images: SliceTable) -> Float64:
     """(k, 3) mm: a point of each plane, which is the first pixel of the image that it refers to,
     moved to the z that the file says; NaN where it does not say any.
     """
     known = referred >= 0
     points = np.where(known[:, None], images.image_position_patient[referred], 0.0)
-    z = np.array([z for _, z in reading.planes], np.float64)
+    z = np.array([z for _, z in planes], np.float64)
     points[:, 2] = np.where(known & np.isnan(z), points[:, 2], z)
     return points
 
 
 def _place_planes(reading: Reading, match: Match, index: ImageIndex, images: SliceTable) -> _Place:
     """The image of each plane: the one that it refers to, which must be at the z that it says."""
-    referred = np.array([_referred(plane, index) for plane in reading.planes], np.int64)
-    points = _points(reading, referred, images)
-    row = match.on_slices(points)
-    for volume in match.volumes:
-        # of several images in one plane the one that is meant
-        row = np.where((referred >= 0) & (volume.on_slices(points) == referred), referred, row)
+    referred, row = _rows(reading.planes, match, index, images)
     drawn = np.isin(np.arange(len(row)), _planes(reading.regions))
     elsewhere = drawn & (referred >= 0) & (row != referred)
     off = drawn & ~elsewhere & (row < 0)
@@ -309,6 +327,37 @@ def _place_planes(reading: Reading, match: Match, index: ImageIndex, images: Sli
         flaws.append((Reason.CONTOUR_WITHOUT_IMAGE, detail))
     disputed = np.concatenate([row[elsewhere], referred[elsewhere]])
     return _Place(np.where(elsewhere, -1, row), disputed, tuple(flaws))
+
+
+def _place_marks(
+    marks: Sequence[Mark], match: Match, index: ImageIndex, images: SliceTable
+) -> tuple[MarkTable, list[Flaw]]:
+    """The marks on their images, and how many have none."""
+    if not marks:
+        return MarkTable.empty(), []
+    referred, row = _rows([mark.plane for mark in marks], match, index, images)
+    placed = (row >= 0) & ((referred < 0) | (row == referred))
+    table = MarkTable(
+        slice=row,
+        name=np.array([mark.name.encode() for mark in marks], np.bytes_),
+        points_column_row=np.array([mark.point_column_row for mark in marks], np.float64),
+    )
+    lost = int(np.count_nonzero(~placed))
+    detail = f"{lost} of the {len(marks)} marks lie on no image, or not on the one that they name"
+    return table.take(placed), [(Reason.CONTOUR_WITHOUT_IMAGE, detail)] if lost else []
+
+
+def _rows(
+    planes: Sequence[Plane], match: Match, index: ImageIndex, images: SliceTable
+) -> tuple[Int64, Int64]:
+    """(k,) row of the image that each plane refers to, and of the one that it lies on; -1: none."""
+    referred = np.array([_referred(plane, index) for plane in planes], np.int64)
+    points = _points(planes, referred, images)
+    row = match.on_slices(points)
+    for volume in match.volumes:
+        # of several images in one plane the one that is meant
+        row = np.where((referred >= 0) & (volume.on_slices(points) == referred), referred, row)
+    return referred, row
 
 
 # --- one task: from outlines to masks ------------------------------------------------------------
@@ -498,17 +547,24 @@ def parse_reading(root: Any) -> Reading:
     """What the XML element LidcReadMessage says."""
     planes: dict[Plane, int] = {}
     regions: list[Region] = []
+    marks: list[Mark] = []
     counts = Counts()
     sessions = root.findall(f"{_CT}readingSession")
     for reader, session in enumerate(sessions, 1):
-        counts += Counts(non_nodules=len(session.findall(f"{_CT}nonNodule")))
+        for element in session.findall(f"{_CT}nonNodule"):
+            points = _coordinates(element, "locus")
+            usable = points is not None and len(points) > 0
+            counts += Counts(non_nodules=1, unusable=int(not usable))
+            marks += _marks(reader, False, element, points)
         for nodule, element in enumerate(session.findall(f"{_CT}unblindedReadNodule")):
             for roi in element.findall(f"{_CT}roi"):
                 points, met = _points_of(roi)
                 counts += met
                 if not met.unusable:
                     plane = planes.setdefault(_plane(roi), len(planes))
-                if points is not None:
+                if met.marks:
+                    marks += _marks(reader, True, roi, points)
+                elif points is not None:
                     regions.append(Region(reader, nodule, plane, not met.holes, points))
     header = f"{_CT}ResponseHeader/{_CT}"
     return Reading(
@@ -517,8 +573,15 @@ def parse_reading(root: Any) -> Reading:
         readers=len(sessions),
         planes=tuple(planes),
         regions=tuple(regions),
+        marks=tuple(marks),
         counts=counts,
     )
+
+
+def _marks(reader: int, is_nodule: bool, element: Any, points: Int64 | None) -> Iterator[Mark]:
+    """The points of one element, each as a mark."""
+    for column, row in [] if points is None else points.tolist():
+        yield Mark(reader, is_nodule, _plane(element), (column, row))
 
 
 def _text(element: Any, path: str) -> str:
@@ -536,15 +599,15 @@ def _plane(roi: Any) -> Plane:
 
 
 def _points_of(roi: Any) -> tuple[Int64 | None, Counts]:
-    """The points of an outline, and what was met; None where it is none."""
+    """The points of an outline, or the only one of a mark, and what was met; None: neither."""
     inclusion = _text(roi, f"{_CT}inclusion").upper()
-    points = _coordinates(roi)
+    points = _coordinates(roi, "edgeMap")
     if points is None or not len(points) or inclusion not in ("TRUE", "FALSE"):
         return None, Counts(unusable=1)
     steps = np.abs(np.diff(points, axis=0)).max(axis=1)
     repeated = int((steps == 0).sum())
     if repeated == len(steps):
-        return None, Counts(marks=1, repeated_points=repeated)
+        return points[:1], Counts(marks=1, repeated_points=repeated)
     is_open = bool((points[0] != points[-1]).any())
     counts = Counts(
         outlines=1,
@@ -557,12 +620,12 @@ def _points_of(roi: Any) -> tuple[Int64 | None, Counts]:
     return (kept if is_open else kept[:-1]), counts
 
 
-def _coordinates(roi: Any) -> Int64 | None:
+def _coordinates(element: Any, tag: str) -> Int64 | None:
     """(p, 2) column and row of every point; None where one is no whole number in range."""
     try:
         numbers = [
-            int(_text(edge, f"{_CT}{axis}"))
-            for edge in roi.findall(f"{_CT}edgeMap")
+            int(_text(point, f"{_CT}{axis}"))
+            for point in element.findall(f"{_CT}{tag}")
             for axis in ("xCoord", "yCoord")
         ]
     except ValueError:

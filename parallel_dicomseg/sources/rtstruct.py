@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.geometry import heights_above, to_pixels
+from parallel_dicomseg.geometry import heights_above, planes_of, to_pixels
 from parallel_dicomseg.records import (
     Annotation,
     AnnotationRefs,
@@ -26,6 +26,7 @@ from parallel_dicomseg.records import (
     Drawn,
     Float64,
     Int64,
+    MarkTable,
     Problem,
     Reason,
     ScannedFile,
@@ -153,17 +154,19 @@ def find(
     -------
     Found
         An Annotation per ROI and series, also where no contour of the ROI lies on an image; a
-        Problem for each ROI and kind of defect, with the number of its contours.
+        Problem for each ROI and kind of defect, with the number of its contours; a mark for each
+        contour of type POINT on a slice of the series that the file's outlines lie on.
     """
     index = index_images(images)
-    found = [_find_in_file(root, file, index) for file in files]
+    found = [_find_in_file(root, file, index, images) for file in files]
     return Found(
         tuple(annotation for one in found for annotation in one.annotations),
         tuple(problem for one in found for problem in one.problems),
+        MarkTable.concatenate([one.marks for one in found]),
     )
 
 
-def _find_in_file(root: str, file: ScannedFile, index: ImageIndex) -> Found:
+def _find_in_file(root: str, file: ScannedFile, index: ImageIndex, images: SliceTable) -> Found:
     try:
         structure_set = read_structure_set(Path(root, file.path))
     except OSError as error:
@@ -174,7 +177,7 @@ def _find_in_file(root: str, file: ScannedFile, index: ImageIndex) -> Found:
     except Exception as error:  # noqa: BLE001 broken files make pydicom raise anything
         detail = f"no structure set can be read from it ({type(error).__name__})"
         return Found((), (Problem(file.path, Reason.UNREADABLE_FILE, detail),))
-    return _lay(file.path, structure_set, index)
+    return _lay(file.path, structure_set, index, images)
 
 
 # ----------------------------------------------------------------------------- outlines to rings
@@ -236,7 +239,7 @@ def _have_three_points(rings: _Rings) -> NDArray[np.bool_]:
 # ------------------------------------------------------------------------------ onto the images
 
 
-def _lay(path: str, structure_set: StructureSet, index: ImageIndex) -> Found:
+def _lay(path: str, structure_set: StructureSet, index: ImageIndex, images: SliceTable) -> Found:
     """All contours of a file onto the images."""
     rings, fates = _rings(structure_set)
     laid: list[_Laid] = []
@@ -250,6 +253,8 @@ def _lay(path: str, structure_set: StructureSet, index: ImageIndex) -> Found:
         except _AmbiguousError as error:
             problems.append(Problem(path, Reason.AMBIGUOUS_IMAGE, str(error)))
             undecided += len(group.index)
+    marked = _on_slices(_single_points(structure_set), laid, structure_set, index)
+    fates.update(dict.fromkeys(marked, _MARKED))
     for k, (reason, _) in fates.items():
         if reason is Reason.BAD_CONTOUR:
             outline = structure_set.outlines[k]
@@ -258,7 +263,11 @@ def _lay(path: str, structure_set: StructureSet, index: ImageIndex) -> Found:
         problems.append(_without_images(path, structure_set, index, len(rings.index)))
     elif laid or not len(rings.index):
         problems += _problems(path, structure_set, fates)
-    return Found(_annotations(path, structure_set, laid, unsettled), tuple(problems))
+    return Found(
+        _annotations(path, structure_set, laid, unsettled),
+        tuple(problems),
+        _marks(structure_set, marked, images),
+    )
 
 
 class _AmbiguousError(Exception):
@@ -372,6 +381,59 @@ def _off_slices(rings: _Rings, laid: Sequence[_Laid]) -> _Fates:
             text = f"{distance[0]:.3g} mm from the nearest slice (limit {tolerance[0]:.3g})"
             fates[outline] = (Reason.CONTOUR_WITHOUT_IMAGE, text)
     return fates
+
+
+# -------------------------------------------------------------------------------- single points
+
+_MARKED = (Reason.NO_AREA, "ContourGeometricType is POINT, and /marks has it")
+_Marked = dict[int, tuple[int, Float64]]
+"""By outline: row of the SliceTable, and the point (3,) in mm."""
+
+
+def _single_points(structure_set: StructureSet) -> _Rings:
+    """The contours of type POINT that have one point, each once."""
+    outlines = structure_set.outlines
+    first: dict[tuple[int, bytes], int] = {}
+    for k, outline in enumerate(outlines):
+        if outline.geometric_type == b"POINT":
+            first.setdefault((outline.roi, outline.raw), k)
+    kept = list(first.values())
+    points, offsets, _ = parse_points([outlines[k].raw for k in kept])
+    rois = np.array([outlines[k].roi for k in kept], np.int64)
+    rings = _Rings(np.array(kept, np.int64), rois, points, offsets[:-1])
+    return rings.take(np.diff(offsets) == 1)
+
+
+def _on_slices(
+    points: _Rings, laid: Sequence[_Laid], structure_set: StructureSet, index: ImageIndex
+) -> _Marked:
+    """The points on the slices of the series that the outlines of their ROIs' frame lie on."""
+    marked: _Marked = {}
+    for one in laid:
+        mine = points.take(np.isin(points.roi, list(one.rois)))
+        if len(mine.index):
+            row, _ = _rows(mine, one.match, structure_set, index)
+            for k in np.flatnonzero(row >= 0).tolist():
+                place = int(row[k]), mine.points_patient[k]
+                marked.setdefault(int(mine.index[k]), place)
+    return marked
+
+
+def _marks(structure_set: StructureSet, marked: _Marked, images: SliceTable) -> MarkTable:
+    """Points in pixels of the images that they lie on."""
+    if not marked:
+        return MarkTable.empty()
+    rows = np.array([row for row, _ in marked.values()], np.int64)
+    names = [structure_set.rois[structure_set.outlines[k].roi].name for k in marked]
+    points = [
+        to_pixels(point, plane)
+        for (_, point), plane in zip(marked.values(), planes_of(images.take(rows)), strict=True)
+    ]
+    return MarkTable(
+        slice=rows,
+        name=np.array([name.encode("utf-8", "backslashreplace") for name in names], np.bytes_),
+        points_column_row=np.stack(points),
+    )
 
 
 # ------------------------------------------------------------------------------- what was found

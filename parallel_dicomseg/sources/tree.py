@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from parallel_dicomseg.records import (
     Annotation,
+    MarkTable,
     Problem,
     Reason,
     ScannedFile,
@@ -111,6 +112,7 @@ def find_annotations(
     """
     annotations: list[Annotation] = []
     problems: list[Problem] = []
+    marks: list[MarkTable] = []
     recognized: dict[str, str] = {}
     for name, source in sources.items():
         mine = sorted((file for file in files if source.recognizes(file)), key=lambda f: f.path)
@@ -119,13 +121,14 @@ def find_annotations(
             found = source.find(root, mine, images, options)
             annotations += found.annotations
             problems += found.problems
+            marks.append(found.marks)
     told = {problem.path for problem in problems} | {one.path for one in annotations}
     problems += [
         _unused(file, recognized.get(file.path), len(images))
         for file in files
         if file.path not in told
     ]
-    return Found(tuple(annotations), tuple(problems))
+    return Found(tuple(annotations), tuple(problems), MarkTable.concatenate(marks))
 
 
 def _unused(file: ScannedFile, source: str | None, images: int) -> Problem:

@@ -165,7 +165,7 @@ class Dataset:
         return self.masks.dtype
 
     def columns(self, group: str = "table") -> tuple[str, ...]:
-        """Names of the columns of /table (or /series, /volumes, /headers, /rejected)."""
+        """Names of the columns of /table (or /series, /volumes, /headers, /marks, /rejected)."""
         with _reading(self.path, f"/{group}"):
             return tuple(self._file[group])
 

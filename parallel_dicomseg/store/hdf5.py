@@ -33,6 +33,7 @@ from parallel_dicomseg.records import (
     Headers,
     Int64,
     Layout,
+    MarkTable,
     Measured,
     Problem,
     Reason,
@@ -51,6 +52,7 @@ from parallel_dicomseg.store.lock import locked
 from parallel_dicomseg.store.table import (
     WHOLE_IMAGE,
     Columns,
+    mark_columns,
     rejected_columns,
     series_columns,
     table_columns,
@@ -95,6 +97,7 @@ _SECOND_AXES = {
     "ellipse_residual": "structure",
     "outside": "nested_pair",
     "intensity": "statistic",
+    "column_row": "pixel_axis",
 }
 _UNITS = {
     "image_position_patient": "mm",
@@ -109,6 +112,7 @@ _UNITS = {
     "cropped": "pixel",
     "outside": "pixel",
     "ellipse_residual": "mean radius",
+    "column_row": "pixel",
 }
 
 
@@ -127,6 +131,7 @@ class Hdf5Writer:
         *,
         headers: Headers | None = None,
         grid: Float64 | None = None,
+        marks: MarkTable | None = None,
         identity: Policy | None = None,
         root: str = "",
         provenance: Mapping[str, Sequence[str]] | None = None,
@@ -145,6 +150,8 @@ class Hdf5Writer:
         grid
             (n, 4) where each stored image lies on its source, as in `SliceRefs.grid`; by default
             all are stored as they are.
+        marks
+            Points on the n slices; none by default.
         identity
             What the file may say of patients; `layout.keep_identity` alone by default.
         root
@@ -161,6 +168,7 @@ class Hdf5Writer:
         self._slices = slices
         self._headers = headers or {}
         self._grid = np.tile(WHOLE_IMAGE, (len(slices), 1)) if grid is None else grid
+        self._marks = marks or MarkTable.empty()
         self._identity = identity or Policy(keep_identity=layout.keep_identity)
         self._root = root
         self._provenance = provenance or {}
@@ -290,6 +298,8 @@ class Hdf5Writer:
         headers, unread = self._write_headers(file, scales, slices, kept, series["first_slice"])
         _write_columns(file, "series", series | {"header": headers}, scales, "series_number")
         _write_columns(file, "volumes", volume_columns(table), scales, "volume_number")
+        marks = mark_columns(self._marks.on_slices(kept), self._grid[kept])
+        _write_columns(file, "marks", marks, scales, "mark")
         problems = (*problems, *unread)
         _write_columns(file, "rejected", rejected_columns(problems), scales, "rejection")
         file["table/flags"].attrs["flag_names"] = list(FLAGS)

@@ -1,4 +1,4 @@
-"""The columns of /table, /series, /volumes and /rejected: pure functions of what was converted."""
+"""The columns of the file's tables, /table to /rejected: pure functions of what was converted."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from parallel_dicomseg.records import (
     Float64,
     Int32,
     Int64,
+    MarkTable,
     Measured,
     Problem,
     SliceTable,
@@ -218,6 +219,31 @@ def _median_distances(table: Columns, first: Int64, count: Int64) -> Float64:
     ascending = distance[np.lexsort((distance, volume))]
     known = (count > 1) & ~np.isnan(ascending[first + count - 1])
     return np.where(known, ascending[first + count // 2], np.nan)
+
+
+# --- /marks --------------------------------------------------------------------------------------
+
+
+def mark_columns(marks: MarkTable, grid: Float64) -> Columns:
+    """One row per point on the images of the file.
+
+    Parameters
+    ----------
+    marks
+        On the n slices that are in the file.
+    grid
+        (n, 4) of those slices, as in `SliceRefs.grid`.
+
+    Returns
+    -------
+    `column_row` is in pixels of the stored images, so it may lie outside one that was cropped.
+    """
+    origin, step = grid[marks.slice, 1::-1], grid[marks.slice, :1:-1]
+    return {
+        "slice": marks.slice,
+        "name": marks.name,
+        "column_row": (marks.points_column_row - origin) / step,
+    }
 
 
 # --- /rejected -----------------------------------------------------------------------------------

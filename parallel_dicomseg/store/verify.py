@@ -47,6 +47,7 @@ _VOLUME_COLUMNS = (
     "regular",
 )
 _SPLITS = frozenset({b"", b"train", b"validation", b"test"})
+_MARK_COLUMNS = ("slice", "name", "column_row")
 _REJECTED_COLUMNS = ("path", "reason", "detail", "rejection")
 
 
@@ -73,7 +74,7 @@ def verify_file(
 
     Every chunk is compared with its checksum and decoded; area, components, nesting and intensity
     are measured again; the columns that follow from others are computed again; /series, /volumes,
-    /headers, /rejected and the views are compared with the table, the attributes with their
+    /headers, /marks, /rejected and the views are compared with the table, the attributes with their
     checksum; no patient may be in two parts of the split.
 
     Raises
@@ -89,6 +90,7 @@ def verify_file(
         problems += _check_series(dataset, table)
         problems += _check_volumes(dataset, table)
         problems += _check_headers(dataset)
+        problems += _check_marks(dataset)
         problems += _check_rejected(dataset)
         problems += _check_views(dataset)
         problems += _check_attributes(dataset)
@@ -316,6 +318,34 @@ def _check_headers(dataset: Dataset) -> list[str]:
         f"/headers/{keyword} is {column.dtype} {column.shape}, it should be text ({len(dataset)},)"
         for keyword, column in columns.items()
         if column.shape != (len(dataset),) or column.dtype.kind != "S"
+    ]
+
+
+def _check_marks(dataset: Dataset) -> list[str]:
+    """Every mark has a place on a slice of the file."""
+    marks, problems = _read_columns(dataset, "marks", _MARK_COLUMNS)
+    if problems:
+        return problems
+    count = len(marks["slice"])
+    for name, kind, shape in (
+        ("slice", "i", (count,)),
+        ("name", "S", (count,)),
+        ("column_row", "f", (count, 2)),
+    ):
+        column = marks[name]
+        if (column.dtype.kind, column.shape) != (kind, shape):
+            problems.append(
+                f"/marks/{name} is {column.dtype} {column.shape}, "
+                f"it should be of kind {kind!r} {shape}"
+            )
+    if problems:
+        return problems
+    slices = marks["slice"]
+    off = np.flatnonzero((slices < 0) | (slices >= len(dataset)))
+    nowhere = np.flatnonzero(~np.isfinite(marks["column_row"]).all(axis=1))
+    return [
+        *(f"/marks/slice[{k}] is {slices[k]}, /images has {len(dataset)}" for k in off),
+        *(f"/marks/column_row[{k}] is not finite" for k in nowhere),
     ]
 
 

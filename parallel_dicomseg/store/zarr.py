@@ -105,7 +105,7 @@ def _write_group(
         for done, _ in enumerate(shards, 1):
             if progress:
                 progress(Progress("mirror", done * len(dataset) // len(jobs), len(dataset)))
-    for name in ("table", "series", "volumes", "headers", "rejected"):
+    for name in ("table", "series", "volumes", "headers", "marks", "rejected"):
         _copy_columns(dataset, group, name)
 
 
