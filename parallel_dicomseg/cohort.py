@@ -357,8 +357,8 @@ def _pair_numbered(scanned: Scanned, files: _Files, images: SliceTable) -> Found
             image_patients=[patient for _, patient in left],
         )
         rows = np.flatnonzero(_is_in(images.path, listing.image_paths))
-        found = sunnybrook.pair(listing, images.take(rows))
-        annotations += [replace(one, slice=rows[one.slice]) for one in found.annotations]
+        found = sunnybrook.pair(listing, images.take(rows), rows)
+        annotations += found.annotations
         problems += found.problems
     return Found(tuple(annotations), tuple(problems))
 
@@ -398,15 +398,7 @@ def _select(
         A structure is not there.
     """
     chosen = choose(
-        # the outlines that one person drew on a patient's images count as one file
-        [
-            replace(one, path=sunnybrook.outline_set(one.path)) if _is_numbered(one) else one
-            for one in annotations
-        ],
-        options.structures,
-        aliases,
-        options.case_sensitive,
-        options.several,
+        annotations, options.structures, aliases, options.case_sensitive, options.several
     )
     table, annotated = annotation_table(annotations, chosen, images)
     taken = [annotations[k] for k in dict.fromkeys(chosen.annotation.tolist())]

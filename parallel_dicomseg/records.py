@@ -219,6 +219,8 @@ class Annotation:
     """(r,) where it is in the file; its meaning is the source's own."""
     length: Int64
     """(r,) how long it is in the file; its meaning is the source's own."""
+    file_set: str = ""
+    """Common to files that count as one, such as one person's outlines of a patient; '': `path`."""
 
 
 @dataclass(frozen=True, slots=True)

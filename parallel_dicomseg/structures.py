@@ -360,7 +360,7 @@ def _lay(
     annotations: Sequence[Annotation], places: Iterable[int], several: str
 ) -> tuple[list[tuple[int, int]], list[Problem]]:
     """The annotations of one structure that are taken, each with how many lie under it."""
-    by_file = sorted(sorted(places), key=lambda k: os.fsencode(annotations[k].path))
+    by_file = sorted(sorted(places), key=lambda k: os.fsencode(_file(annotations[k])))
     images = _Images(1 + max((_last(annotations[k]) for k in by_file), default=-1))
     laid: list[tuple[int, int]] = []
     problems: list[Problem] = []
@@ -394,7 +394,7 @@ class _Images:
 
     def add(self, annotation: Annotation) -> int:
         """Take an annotation; returns how many others lie under it."""
-        file = self.files.setdefault(annotation.path, len(self.files) + 1)
+        file = self.files.setdefault(_file(annotation), len(self.files) + 1)
         self.looked_at_by[annotation.looked_at] = file
         self.drawn_by[annotation.slice] = file
         images = np.concatenate([annotation.looked_at, annotation.slice])
@@ -404,7 +404,7 @@ class _Images:
 
     def refuse(self, annotation: Annotation, several: str) -> Problem | None:
         """Why an annotation is left out, or None."""
-        file = self.files.get(annotation.path, 0)
+        file = self.files.get(_file(annotation), 0)
         if file and several == "first" and (self.looked_at_by[annotation.looked_at] == file).any():
             detail = (
                 f"{annotation.name!r}: the file has drawn this structure on the same images under "
@@ -423,10 +423,17 @@ class _Images:
         return None
 
 
+def _file(annotation: Annotation) -> str:
+    """What annotations of one file, or of files that count as one, have in common."""
+    return annotation.file_set or annotation.path
+
+
 def _last(annotation: Annotation) -> int:
     """The last image that an annotation knows; -1 for none."""
-    looked_at, drawn = annotation.looked_at, annotation.slice
-    return int(max(looked_at.max(initial=-1), drawn.max(initial=-1)))
+    return max(
+        (int(rows.max()) for rows in (annotation.looked_at, annotation.slice) if len(rows)),
+        default=-1,
+    )
 
 
 def _ranks(texts: list[bytes], repeats: list[int]) -> tuple[NDArray[np.bytes_], Int64]:

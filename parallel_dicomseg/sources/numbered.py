@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
 
-from parallel_dicomseg.records import Annotation, Problem, Reason, SliceTable
+from parallel_dicomseg.records import Annotation, Int64, Problem, Reason, SliceTable
 from parallel_dicomseg.sources.base import Found, Listing, Outline
 
 _IMAGE_FILE = re.compile(r"(?:IM-[0-9]+-)?([0-9]+)(?:\.[a-z]+)?", re.IGNORECASE)
@@ -58,7 +58,14 @@ class _Series:
         return len(self.readable.keys() | self.unreadable.keys())
 
 
-def pair_by_number(listing: Listing, slices: SliceTable, kind: str) -> Found:
+def pair_by_number(
+    listing: Listing,
+    slices: SliceTable,
+    kind: str,
+    file_set: Callable[[str], str] = str,
+    *,
+    rows: Int64 | None = None,
+) -> Found:
     """Lay each outline on the image of its patient and series that has its number.
 
     An image has a number by its InstanceNumber, and by its file name where that is a number
@@ -72,6 +79,10 @@ def pair_by_number(listing: Listing, slices: SliceTable, kind: str) -> Found:
         The listed images that could be read.
     kind : str
         Name of the source that reads the outlines.
+    file_set : callable
+        From an outline's path to what all files that count as one have in common.
+    rows : (n,) int64, optional
+        What the annotations call the slices; 0, 1, … by default.
 
     Returns
     -------
@@ -81,18 +92,20 @@ def pair_by_number(listing: Listing, slices: SliceTable, kind: str) -> Found:
     images = _columns(slices)
     patient_of = dict(zip(listing.image_paths, listing.image_patients, strict=True))
     patients = [patient_of[path] for path in images.path]
-    rows = _grouped(zip(patients, range(len(slices)), strict=True))
+    mine = _grouped(zip(patients, range(len(slices)), strict=True))
     unread = _grouped((patient_of[path], path) for path in patient_of.keys() - set(images.path))
     outlines = _grouped((outline.patient_id, outline) for outline in listing.outlines)
     row_of: dict[str, int] = {}
     problems: list[Problem] = []
     for patient, drawn in outlines.items():
         found, trouble = _pair_patient(
-            drawn, rows.get(patient, []), unread.get(patient, []), images
+            drawn, mine.get(patient, []), unread.get(patient, []), images
         )
         row_of |= {outline.path: row for row, outline in found}
         problems += trouble
-    return Found(_annotations(listing.outlines, row_of, kind), tuple(problems))
+    names = np.arange(len(slices)) if rows is None else rows
+    placed = [(outline, row_of.get(outline.path, -1)) for outline in listing.outlines]
+    return Found(_annotations(placed, names, kind, file_set), tuple(problems))
 
 
 def _grouped(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
@@ -257,11 +270,15 @@ def _refuse_shared_images(
 
 
 def _annotations(
-    outlines: Sequence[Outline], row_of: Mapping[str, int], kind: str
+    placed: Sequence[tuple[Outline, int]],
+    names: Int64,
+    kind: str,
+    file_set: Callable[[str], str],
 ) -> tuple[Annotation, ...]:
-    """Each outline on its row. Nobody says that anybody looked for more than is drawn."""
+    """Each outline on its row, -1: on none. Nobody says that anybody looked for more."""
     # slices of shared arrays: a cohort has as many annotations as files
-    rows = np.array([row_of.get(outline.path, -1) for outline in outlines], dtype=np.int64)
+    index = np.array([row for _, row in placed], dtype=np.int64)
+    rows = np.where(index >= 0, names[index] if len(names) else -1, -1)
     first, whole, none = np.zeros(1, np.int64), np.full(1, -1, np.int64), np.empty(0, np.int64)
     return tuple(
         Annotation(
@@ -273,7 +290,8 @@ def _annotations(
             slice=rows[k : k + size],
             offset=first[:size],
             length=whole[:size],
+            file_set=file_set(outline.path),
         )
-        for k, outline in enumerate(outlines)
-        for size in (int(rows[k] >= 0),)
+        for k, (outline, row) in enumerate(placed)
+        for size in (int(row >= 0),)
     )

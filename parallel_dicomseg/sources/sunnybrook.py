@@ -18,6 +18,7 @@ from parallel_dicomseg.records import (
     AnnotationRefs,
     Contours,
     Drawn,
+    Int64,
     Problem,
     Reason,
     ScanOptions,
@@ -133,9 +134,12 @@ def find_cohorts(root: Path, folders: Sequence[Folder], options: ScanOptions) ->
     return [_listing(real_root, part, [], options) for part in parts if part.claimed]
 
 
-def pair(listing: Listing, slices: SliceTable) -> Found:
-    """Lay each outline on the image of its patient and series that has its number."""
-    return pair_by_number(listing, slices, name)
+def pair(listing: Listing, slices: SliceTable, rows: Int64 | None = None) -> Found:
+    """Lay each outline on the image of its patient and series that has its number.
+
+    `rows` (n,) is what the annotations call the slices; None: 0, 1, ….
+    """
+    return pair_by_number(listing, slices, name, file_set=outline_set, rows=rows)
 
 
 def read(
