@@ -21,6 +21,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import numpy as np
 
+from parallel_dicomseg.cli_batches import (
+    BATCHES_EPILOG,
+    ORIGINAL_EPILOG,
+    batches,
+    original_batch_loader,
+)
 from parallel_dicomseg.config import (
     LEGACY_CONFIG_FILE,
     SETTINGS,
@@ -428,6 +434,9 @@ def verify(file: str, as_json: bool) -> None:
     click.get_current_context().exit(FINISHED_SHORT if found.problems else 0)
 
 
+main.command(epilog=BATCHES_EPILOG)(batches)
+
+
 @main.group(cls=Group)
 def export() -> None:
     """Write a finished file's volumes as files of other programs."""
@@ -618,6 +627,14 @@ def process_dicom_to_hdf5(
         click.echo(render_summary(summary))
         click.echo("Finished.")
         click.get_current_context().exit(summary.exit_status)
+
+
+hdf5_batch_loader = click.command(
+    name="hdf5_batch_loader",
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=ORIGINAL_EPILOG,
+)(original_batch_loader)
 
 
 # --- settings
