@@ -23,6 +23,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 import numpy as np
 
+from parallel_dicomseg.cli_batches import (
+    BATCHES_EPILOG,
+    ORIGINAL_EPILOG,
+    batches,
+    original_batch_loader,
+)
 from parallel_dicomseg.config import (
     COMMAND_LINE,
     LEGACY_CONFIG_FILE,
@@ -431,6 +437,9 @@ def verify(file: str, as_json: bool) -> None:
     click.get_current_context().exit(FINISHED_SHORT if found.problems else 0)
 
 
+main.command(epilog=BATCHES_EPILOG)(batches)
+
+
 @main.group(
     cls=Group,
     epilog="""\b
@@ -635,6 +644,14 @@ def process_dicom_to_hdf5(
         click.echo(render_summary(summary))
         click.echo("Finished.")
         click.get_current_context().exit(summary.exit_status)
+
+
+hdf5_batch_loader = click.command(
+    name="hdf5_batch_loader",
+    cls=Command,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=ORIGINAL_EPILOG,
+)(original_batch_loader)
 
 
 # --- settings

@@ -41,6 +41,12 @@ _LEVEL_BUFFER_BYTES = (20 << 10) + (4 << 16)
 
 _BLOSC_OVERHEAD_BYTES = 16
 
+# struct inflate_state (igzip_lib.h), likewise; its decoding tables take some 90 kB.
+_INFLATE_AVAIL_OUT_32, _INFLATE_TOTAL_OUT_32 = 2, 3
+_INFLATE_NEXT_IN_64, _INFLATE_AVAIL_IN_32 = 2, 8
+_INFLATE_WORDS = 1 << 15
+_ZLIB_HEADER_BYTES, _ADLER_BYTES = 2, 4
+
 
 def _register(library: Any, functions: tuple[str, ...]) -> bool:
     """Make C functions of a Python extension callable from kernels; whether all are there."""
@@ -71,10 +77,39 @@ def _isal_stream_fits() -> bool:
     return made == isal_zlib.compress(data, 1)
 
 
+def _isal_inflate_fits() -> bool:
+    """Whether a state laid out as above undoes what isal makes, and Adler-32 is zlib's."""
+    library = ctypes.CDLL(isal_zlib.__file__)
+    library.isal_adler32.restype = ctypes.c_uint32
+    data = np.arange(4096, dtype=np.uint16).view(np.uint8)
+    packed = np.frombuffer(isal_zlib.compress(data, 1), np.uint8)
+    out, state = np.zeros(data.size, np.uint8), np.zeros(_INFLATE_WORDS, np.uint64)
+    words = state.view(np.uint32)
+    library.isal_inflate_init(ctypes.c_void_p(state.ctypes.data))
+    state[0], words[_INFLATE_AVAIL_OUT_32] = out.ctypes.data, out.size
+    state[_INFLATE_NEXT_IN_64] = packed.ctypes.data + _ZLIB_HEADER_BYTES
+    words[_INFLATE_AVAIL_IN_32] = packed.size - _ZLIB_HEADER_BYTES
+    done = library.isal_inflate_stateless(ctypes.c_void_p(state.ctypes.data))
+    length = ctypes.c_uint64(out.size)
+    adler = library.isal_adler32(ctypes.c_uint32(1), ctypes.c_void_p(out.ctypes.data), length)
+    left = int(words[_INFLATE_AVAIL_IN_32])
+    return bool(
+        done == 0
+        and (out == data).all()
+        and left == _ADLER_BYTES
+        and adler == int.from_bytes(packed[-left:].tobytes(), "big")
+    )
+
+
 #: Whether the kernels may be called; else the packages' own functions must do.
 HAS_ISAL = _register(isal_zlib, ("isal_deflate_init", "isal_deflate")) and _isal_stream_fits()
 HAS_CRC32C = _register(isal_zlib, ("crc32_iscsi",))
 HAS_BLOSC = _register(numcodecs.blosc, ("blosc_compress_ctx",))
+HAS_INFLATE = (
+    _register(isal_zlib, ("isal_inflate_init", "isal_inflate_stateless", "isal_adler32"))
+    and _isal_inflate_fits()
+)
+HAS_UNBLOSC = _register(numcodecs.blosc, ("blosc_decompress_ctx",))
 
 _isal_deflate_init = types.ExternalFunction(
     "parallel_dicomseg_isal_deflate_init", types.void(types.intp)
@@ -96,7 +131,19 @@ _blosc_compress = types.ExternalFunction(
     ),
 )
 
-
+_isal_inflate_init = types.ExternalFunction(
+    "parallel_dicomseg_isal_inflate_init", types.void(types.intp)
+)
+_isal_inflate = types.ExternalFunction(
+    "parallel_dicomseg_isal_inflate_stateless", types.int32(types.intp)
+)
+_isal_adler32 = types.ExternalFunction(
+    "parallel_dicomseg_isal_adler32", types.uint32(types.uint32, types.intp, types.uint64)
+)
+_blosc_decompress = types.ExternalFunction(
+    "parallel_dicomseg_blosc_decompress_ctx",
+    types.int32(types.intp, types.intp, types.uintp, types.int32),
+)
 _crc32_iscsi = types.ExternalFunction(
     "parallel_dicomseg_crc32_iscsi", types.uint32(types.intp, types.int32, types.uint32)
 )
@@ -234,3 +281,99 @@ def crc32c_of_rows(flat: UInt8, sizes: Int64, checksums: NDArray[np.uint32]) -> 
     for i in range(len(sizes)):
         checksums[i] = crc32c_of(flat, start, sizes[i])
         start += sizes[i]
+
+
+@kernel
+def inflate_rows(encoded: UInt8, starts: Int64, sizes: Int64, rows: NDArray[Any]) -> int:
+    """Undo `deflate_rows`: zlib streams to rows, bytes unshuffled.
+
+    Parameters
+    ----------
+    encoded
+        The streams.
+    starts, sizes
+        (n,) where each stream begins in `encoded`, and its bytes.
+    rows
+        (n, count) unsigned integers, C-contiguous, filled; rows of single bytes are not shuffled.
+
+    Returns
+    -------
+    How many rows were decoded: n, or the place of the first one that is no such stream, does not
+    become a whole row, or has another Adler-32.
+    """
+    state = np.empty(_INFLATE_WORDS, np.uint64)
+    words = state.view(np.uint32)
+    row_bytes = rows.shape[1] * rows.itemsize
+    planes = np.empty(row_bytes if rows.itemsize > 1 else 0, np.uint8)
+    for i in range(rows.shape[0]):
+        stream = encoded[starts[i] : starts[i] + sizes[i]]
+        if len(stream) != sizes[i] or not _is_zlib(stream):
+            return i
+        target = planes.ctypes.data if rows.itemsize > 1 else rows[i].ctypes.data
+        _isal_inflate_init(state.ctypes.data)
+        state[0] = target
+        words[_INFLATE_AVAIL_OUT_32] = row_bytes
+        state[_INFLATE_NEXT_IN_64] = stream.ctypes.data + _ZLIB_HEADER_BYTES
+        words[_INFLATE_AVAIL_IN_32] = len(stream) - _ZLIB_HEADER_BYTES
+        failed = _isal_inflate(state.ctypes.data) != 0
+        left = int(words[_INFLATE_AVAIL_IN_32])
+        if failed or words[_INFLATE_TOTAL_OUT_32] != row_bytes or left < _ADLER_BYTES:
+            return i
+        claimed = np.uint32(0)
+        for byte in stream[len(stream) - left : len(stream) - left + _ADLER_BYTES]:
+            claimed = np.uint32(claimed << 8) | np.uint32(byte)
+        if _isal_adler32(np.uint32(1), target, np.uint64(row_bytes)) != claimed:
+            return i
+        if rows.itemsize > 1:
+            unshuffle_row(planes, rows[i])
+    return len(rows)
+
+
+@kernel
+def _is_zlib(stream: UInt8) -> bool:
+    """Whether a zlib header without a dictionary begins here (RFC 1950)."""
+    if len(stream) < _ZLIB_HEADER_BYTES + _ADLER_BYTES:
+        return False
+    first, second = int(stream[0]), int(stream[1])
+    return first & 15 == 8 and (first * 256 + second) % 31 == 0 and second & 32 == 0
+
+
+@kernel
+def unshuffle_row(planes: UInt8, elements: NDArray[Any]) -> None:
+    """Undo `shuffle_bytes`: planes (count x itemsize,) to elements (count,)."""
+    count = len(elements)
+    if elements.itemsize == 2:
+        # in one pass: written out, LLVM makes one interleaving of it
+        for k in range(count):
+            elements[k] = planes[k] | np.uint16(planes[count + k]) << np.uint16(8)
+        return
+    elements[:] = 0
+    for byte in range(elements.itemsize):
+        plane = planes[byte * count : (byte + 1) * count]
+        shift = elements.dtype.type(8 * byte)
+        for k in range(count):
+            elements[k] |= elements.dtype.type(plane[k]) << shift
+
+
+@kernel
+def unblosc_rows(encoded: UInt8, starts: Int64, sizes: Int64, rows: UInt8) -> int:
+    """Undo `blosc_rows`, as `inflate_rows`; `rows` are (n, bytes) here."""
+    row_bytes = rows.shape[1]
+    for i in range(rows.shape[0]):
+        frame = encoded[starts[i] : starts[i] + sizes[i]]
+        if len(frame) != sizes[i] or len(frame) < _BLOSC_OVERHEAD_BYTES:
+            return i
+        # a frame says how long it is and what it becomes; the library believes it
+        if _little_endian(frame[4:8]) != row_bytes or _little_endian(frame[12:16]) != len(frame):
+            return i
+        if _blosc_decompress(frame.ctypes.data, rows[i].ctypes.data, row_bytes, 1) != row_bytes:
+            return i
+    return len(rows)
+
+
+@kernel
+def _little_endian(four: UInt8) -> int:
+    value = 0
+    for k in range(4):
+        value |= int(four[k]) << (8 * k)
+    return value

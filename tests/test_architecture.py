@@ -42,6 +42,7 @@ LEVELS = (
     {"config"},
     {"terminal"},
     {"demo"},
+    {"cli_batches"},
     {"cli"},
     {""},  # __init__, which shows the public names
 )
@@ -52,9 +53,9 @@ IMPORTERS = {
     "llvmlite": {"compressors"},
     "dask": {"schedulers", "config"},
     "distributed": {"schedulers"},
-    "h5py": {"store"},
-    "zarr": {"store"},
-    "google_crc32c": {"codec", "store"},
+    "h5py": {"store", "loader.opening", "loader.readers"},
+    "zarr": {"store", "loader.opening"},
+    "google_crc32c": {"codec", "store", "loader.opening", "loader.readers"},
     "hdf5plugin": {"store"},
     "pydicom": {
         "dicom",
@@ -70,10 +71,14 @@ IMPORTERS = {
     "PIL": {"resample"},
     "defusedxml": {"sources.lidc"},
     "nibabel": {"export"},
-    "isal": {"codec", "compressors"},
-    "numcodecs": {"codec", "compressors"},
+    "isal": {"codec", "compressors", "loader.readers"},
+    "numcodecs": {"codec", "compressors", "loader.readers"},
     "matplotlib": {"report.figures"},
-    "click": {"cli", "terminal"},
+    "click": {"cli", "cli_batches", "terminal"},
+    "torch": {"loader.adapters.pytorch"},
+    "keras": {"loader.adapters.keras"},
+    "jax": {"loader.adapters.jax"},
+    "tensorflow": {"loader.adapters.tensorflow"},
     "rich": {"cli", "terminal", "report.inspection"},
 }
 

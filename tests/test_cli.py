@@ -51,7 +51,7 @@ from parallel_dicomseg.terminal import (
     size_text,
 )
 
-COMMANDS = ("demo", "scan", "convert", "inspect", "verify", "export")
+COMMANDS = ("demo", "scan", "convert", "inspect", "verify", "batches", "export")
 EXPORTS = ("export nifti", "export nnunet")
 SUMMARY = Summary(
     output="out.h5",

@@ -1,40 +1,82 @@
-"""Serve batches of a converted file in a random order that the seed decides."""
+"""Serve batches of a converted file, in an order that the seed decides.
+
+Names are imported when they are first used: a loader without augmentation needs no numba.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from parallel_dicomseg.errors import ConfigurationError
-from parallel_dicomseg.records import Int64
-from parallel_dicomseg.store import Dataset
+from parallel_dicomseg.loader.batch import Batch
+from parallel_dicomseg.loader.order import epoch_order
+
+if TYPE_CHECKING:
+    from parallel_dicomseg.loader.batch_loader import BatchLoader, EpochIterator
+    from parallel_dicomseg.loader.samplers import (
+        ForegroundBalanced,
+        PatientBalanced,
+        Sampler,
+        Sequential,
+        Uniform,
+        Weighted,
+    )
+    from parallel_dicomseg.loader.samples import Patch, Stack
+    from parallel_dicomseg.loader.timings import Timings
+    from parallel_dicomseg.store import Dataset
+
+#: The name of `epoch_order` in earlier releases.
+sample_order = epoch_order
+
+_ROOMS = {
+    "BatchLoader": "batch_loader",
+    "EpochIterator": "batch_loader",
+    "ForegroundBalanced": "samplers",
+    "Patch": "samples",
+    "PatientBalanced": "samplers",
+    "Sampler": "samplers",
+    "Sequential": "samplers",
+    "Stack": "samples",
+    "Timings": "timings",
+    "Uniform": "samplers",
+    "Weighted": "samplers",
+}
+
+__all__ = [
+    "Batch",
+    "BatchLoader",
+    "EpochIterator",
+    "ForegroundBalanced",
+    "Patch",
+    "PatientBalanced",
+    "Sampler",
+    "Sequential",
+    "Stack",
+    "Timings",
+    "Uniform",
+    "Weighted",
+    "epoch_order",
+    "iterate_batches",
+    "sample_order",
+    "warm_up",
+]
 
 
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """b samples, in the order in which they are served."""
-
-    image: NDArray[Any]
-    """(b, rows, columns[, samples]) of the file's image dtype."""
-    mask: NDArray[Any]
-    """(b, rows, columns): bit s is structure s."""
-    index: Int64
-    """(b,) rows of the file."""
-
-
-def sample_order(samples: int, seed: int, epoch: int) -> Int64:
-    """A permutation of the samples that depends on the seed and the epoch alone."""
-    return np.random.default_rng((seed, epoch)).permutation(samples)
+def __getattr__(name: str) -> Any:
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
 
 
 def iterate_batches(
     dataset: Dataset, batch_size: int, *, split: str = "", seed: int = 0, epoch: int = 0
 ) -> Iterator[Batch]:
-    """Every slice of the file, or of one part of its split, once; the last batch may be smaller.
+    """Every slice of the file, or of one part of its split, once and as it is stored.
+
+    `BatchLoader` does more. This is its plainest use: images (b, rows, columns[, samples]) and
+    masks (b, rows, columns) with bit s for structure s; the last batch may be smaller.
 
     Parameters
     ----------
@@ -54,32 +96,33 @@ def iterate_batches(
     LayoutError
         A chunk of the file cannot be read or decoded.
     """
+    from parallel_dicomseg.loader.batch_loader import BatchLoader
+
     if batch_size < 1:
         raise ConfigurationError(f"batch_size is {batch_size}, it must be at least 1")
-    rows = _rows_of(dataset, split)
-    order = rows[sample_order(len(rows), seed, epoch)]
-    for start in range(0, len(order), batch_size):
-        yield _read_batch(dataset, order[start : start + batch_size])
+    with BatchLoader(
+        dataset,
+        batch_size,
+        split=split,
+        seed=seed,
+        masks="bits",
+        channels="last",
+        image_dtype="stored",
+    ) as loader:
+        loader.set_epoch(epoch)
+        for batch in loader:
+            image = batch.image[..., 0] if dataset.samples == 1 else batch.image
+            yield Batch(image, batch.mask, batch.index, epoch)
 
 
-def _rows_of(dataset: Dataset, split: str) -> Int64:
-    """(m,) the rows of one part of the split; all without one."""
-    if not split:
-        return np.arange(len(dataset))
-    parts = dataset.column("split")
-    rows = np.flatnonzero(parts == split.encode())
-    if not len(rows):
-        known = ", ".join(name.decode() for name in np.unique(parts[parts != b""])) or "no parts"
-        raise ConfigurationError(f"{dataset.path} has no slice in {split!r}; it has {known}")
-    return rows
+def warm_up() -> None:
+    """Load numba and the kernels that read, decode and augment; see docs/loader.md.
 
+    Otherwise the first batch that is augmented waits for it: some seconds where numba's cache is
+    empty, else well below one. Without augmentation it is not needed.
+    """
+    from parallel_dicomseg.loader.augment import warm_up as warm_up_augmentation
+    from parallel_dicomseg.loader.readers import warm_up as warm_up_readers
 
-def _read_batch(dataset: Dataset, index: Int64) -> Batch:
-    image, mask = (
-        np.empty((len(index), *array.shape[1:]), array.dtype)
-        for array in (dataset.images, dataset.masks)
-    )
-    for k, row in enumerate(index.tolist()):
-        dataset.images.read_into(row, image[k])
-        dataset.masks.read_into(row, mask[k])
-    return Batch(image, mask, index)
+    warm_up_readers()
+    warm_up_augmentation()

@@ -1,0 +1,247 @@
+"""Threads that fill a ring of batches ahead of whoever takes them, and end when nobody does.
+
+The threads know the shared state only, never the iterator. So an iterator that is dropped can be
+collected, and its finalizer tells the threads to end. What is shared is guarded by one condition;
+batches carry their number, and leave in the order of their numbers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from parallel_dicomseg.loader.readers import Clock, Scratch
+
+Buffers = tuple[NDArray[Any], ...]
+# A thread looks for the end between two pieces; one that is stuck in a read is not waited for.
+_JOIN_SECONDS = 5.0
+
+
+class Job(Protocol):
+    """What the threads do: batches by number, each in pieces."""
+
+    @property
+    def count(self) -> int:
+        """How many batches there are."""
+
+    def pieces(self, number: int) -> list[tuple[int, int]]:
+        """First sample and end of each piece of a batch; at least one."""
+
+    def fill(
+        self, number: int, start: int, end: int, buffers: Buffers, scratch: Scratch, clock: Clock
+    ) -> None:
+        """Make a piece, in its place in the buffers of a whole batch."""
+
+
+class Ring:
+    """Buffers of whole batches, used again as soon as nobody refers to them.
+
+    What the consumer gets are views. As long as any view of a buffer lives, whoever holds it, the
+    buffer stays out of use and another one is made: a batch that is kept is never overwritten.
+    """
+
+    def __init__(self, make: Callable[[], Buffers], keep: int) -> None:
+        self._make = make
+        self._keep = keep
+        self._given: list[Buffers] = []
+
+    def take(self) -> Buffers:
+        """Buffers that nobody uses, with any content."""
+        for place, buffers in enumerate(self._given):
+            if _is_unused(buffers):
+                return self._given.pop(place)
+        del self._given[: -self._keep]
+        return self._make()
+
+    def give(self, buffers: Buffers) -> None:
+        """Buffers of which views, or nothing, are in use from now on."""
+        self._given.append(buffers)
+
+
+def _references(buffers: Buffers) -> int:
+    return max(sys.getrefcount(array) for array in buffers)
+
+
+def _measure_unused() -> int:
+    """What `_references` counts where only a tuple holds an array."""
+    import numpy as np
+
+    return _references((np.empty(1),))
+
+
+_UNUSED = _measure_unused()
+
+
+def _is_unused(buffers: Buffers) -> bool:
+    return _references(buffers) <= _UNUSED
+
+
+@dataclass(slots=True)
+class _Slot:
+    """A batch that is being made, or ready."""
+
+    buffers: Buffers
+    left: int
+    """Pieces that are not finished."""
+    error: BaseException | None = None
+
+
+@dataclass(slots=True)
+class _Shared:
+    """What threads and consumer share; `lock` guards all that changes."""
+
+    job: Job
+    ring: Ring
+    prefetch: int
+    lock: threading.Condition = field(default_factory=threading.Condition)
+    next_batch: int = 0
+    """The batch of which pieces are handed out."""
+    waiting: list[tuple[int, int]] = field(default_factory=list)
+    """Pieces of the batch before that, not handed out yet, the last one first."""
+    taken: int = 0
+    """Batches that the consumer has taken."""
+    slots: dict[int, _Slot] = field(default_factory=dict)
+    clock: Clock = field(default_factory=Clock)
+    ended: bool = False
+
+    def next_piece(self, clock: Clock) -> tuple[int, int, int, _Slot] | None:
+        """Number, first sample, end and slot of what to do next; None: nothing any more."""
+        with self.lock:
+            while not self.ended:
+                if self.waiting:
+                    number = self.next_batch - 1
+                    return number, *self.waiting.pop(), self.slots[number]
+                if self.next_batch >= self.job.count:
+                    return None
+                if self.next_batch < self.taken + self.prefetch:
+                    self._begin()
+                    continue
+                start = time.perf_counter()
+                self.lock.wait()
+                clock.blocked += time.perf_counter() - start
+            return None
+
+    def _begin(self) -> None:
+        """Hand out the next batch."""
+        pieces = self.job.pieces(self.next_batch)
+        self.slots[self.next_batch] = _Slot(self.ring.take(), len(pieces))
+        self.waiting = pieces[::-1]
+        self.next_batch += 1
+        self.lock.notify_all()
+
+    def finish(self, slot: _Slot, error: BaseException | None, clock: Clock) -> None:
+        """Note that a piece is done."""
+        with self.lock:
+            slot.left -= 1
+            slot.error = slot.error or error
+            for name in ("read", "decode", "augment", "blocked"):
+                setattr(self.clock, name, getattr(self.clock, name) + getattr(clock, name))
+                setattr(clock, name, 0.0)
+            if not slot.left:
+                self.lock.notify_all()
+
+    def take(self) -> tuple[Buffers, float]:
+        """The buffers of the next batch, and the seconds that they had to be waited for.
+
+        Raises
+        ------
+        BaseException
+            What a thread raised while it made the batch.
+        """
+        start = time.perf_counter()
+        with self.lock:
+            number = self.taken
+            while (slot := self.slots.get(number)) is None or slot.left:
+                if self.ended:
+                    raise RuntimeError("the loader was closed while a batch was waited for")
+                self.lock.wait()
+            del self.slots[number]
+            self.ring.give(slot.buffers)
+            if slot.error is not None:
+                raise slot.error
+            self.taken += 1
+            self.lock.notify_all()
+        return slot.buffers, time.perf_counter() - start
+
+    def end(self) -> None:
+        """Let the threads end after the pieces that they are at."""
+        with self.lock:
+            self.ended = True
+            self.lock.notify_all()
+
+
+def _work(shared: _Shared) -> None:
+    """What a thread does."""
+    clock, scratch = Clock(), Scratch()
+    try:
+        while (piece := shared.next_piece(clock)) is not None:
+            number, start, end, slot = piece
+            error: BaseException | None = None
+            try:
+                shared.job.fill(number, start, end, slot.buffers, scratch, clock)
+            except BaseException as caught:  # noqa: BLE001  the consumer raises it
+                error = caught
+            shared.finish(slot, error, clock)
+            del piece, slot, error
+    except BaseException as caught:  # noqa: BLE001  a thread that cannot go on: the consumer learns it
+        with shared.lock:
+            for slot in shared.slots.values():
+                slot.error = slot.error or caught
+                slot.left = 0
+            shared.ended = True
+            shared.lock.notify_all()
+
+
+def _stop(shared: _Shared, threads: list[threading.Thread], pid: int) -> None:
+    """End the threads and wait for them; a fork's copy has none, and its lock may be held."""
+    if pid != os.getpid():
+        return
+    shared.end()
+    # The garbage collector may call this from one of the threads, and that one may hold the lock.
+    if threading.current_thread() in threads:
+        return
+    give_up = time.monotonic() + _JOIN_SECONDS
+    for thread in threads:
+        with contextlib.suppress(RuntimeError):  # never started
+            thread.join(max(0.0, give_up - time.monotonic()))
+
+
+class Pipeline:
+    """The batches of a job, made ahead by threads; close it, or drop it."""
+
+    def __init__(self, job: Job, make: Callable[[], Buffers], prefetch: int, threads: int) -> None:
+        self._shared = _Shared(job, Ring(make, prefetch + 2), prefetch)
+        most = sum(len(job.pieces(k)) for k in range(min(job.count, prefetch)))
+        self._threads = [
+            threading.Thread(
+                target=_work, args=(self._shared,), name=f"batch-loader-{k}", daemon=True
+            )
+            for k in range(min(threads, most))
+        ]
+        # also called when the interpreter exits, while threads can still be waited for
+        self._finalizer = weakref.finalize(self, _stop, self._shared, self._threads, os.getpid())
+        for thread in self._threads:
+            thread.start()
+
+    def take(self) -> tuple[Buffers, float]:
+        """Views of the next batch's buffers, and the seconds that it was waited for."""
+        buffers, waited = self._shared.take()
+        return tuple(array[...] for array in buffers), waited
+
+    @property
+    def clock(self) -> Clock:
+        """Seconds of all threads so far."""
+        return self._shared.clock
+
+    def close(self) -> None:
+        """End the threads; a second call does nothing."""
+        self._finalizer()
