@@ -361,6 +361,8 @@ def _lay(
 ) -> tuple[list[tuple[int, int]], list[Problem]]:
     """The annotations of one structure that are taken, each with how many lie under it."""
     by_file = sorted(sorted(places), key=lambda k: os.fsencode(_file(annotations[k])))
+    if _never_meet([annotations[k] for k in by_file]):
+        return [(place, 0) for place in by_file], []
     images = _Images(1 + max((_last(annotations[k]) for k in by_file), default=-1))
     laid: list[tuple[int, int]] = []
     problems: list[Problem] = []
@@ -371,6 +373,14 @@ def _lay(
         else:
             laid.append((place, images.add(annotation)))
     return laid, problems
+
+
+def _never_meet(annotations: Sequence[Annotation]) -> bool:
+    """Whether each is on one image at most, and no two on the same: outlines file by file."""
+    if any(len(one.looked_at) or len(one.slice) > 1 for one in annotations):
+        return False
+    drawn = [one.slice for one in annotations if len(one.slice)]
+    return not drawn or len(np.unique(np.concatenate(drawn))) == len(drawn)
 
 
 def _numbered(name: str, count: int, taken: set[str], key: Callable[[str], str]) -> Iterator[str]:
