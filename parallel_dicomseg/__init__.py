@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from parallel_dicomseg.cohort import scan_cohort
     from parallel_dicomseg.convert import convert_cohort, warm_up
     from parallel_dicomseg.errors import ParallelDicomSegError
-    from parallel_dicomseg.loader import iterate_batches
+    from parallel_dicomseg.loader import BatchLoader, iterate_batches
     from parallel_dicomseg.rasterize import rasterize_contours
     from parallel_dicomseg.records import Checks, ConvertOptions, ScanOptions
     from parallel_dicomseg.store import mirror_to_zarr, open_dataset, verify_file
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchLoader",
     "Checks",
     "ConvertOptions",
     "ParallelDicomSegError",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 _ROOMS = {
+    "BatchLoader": "loader",
     "Checks": "records",
     "ConvertOptions": "records",
     "ParallelDicomSegError": "errors",

@@ -791,7 +791,7 @@ def test_batches_of_one_part_of_the_split(files):
     """Only its slices are served; for a part that is not there the error lists those that are."""
     with open_dataset(files["deflate"]) as dataset:
         rows = [b.index.tolist() for b in iterate_batches(dataset, 2, split="test", seed=1)]
-        with pytest.raises(ConfigurationError, match="'validation'; it has test, train"):
+        with pytest.raises(ConfigurationError, match="no part 'validation', there are test, train"):
             next(iterate_batches(dataset, 2, split="validation"))
     assert sorted(row for batch in rows for row in batch) == list(range(5, 10))
 
