@@ -46,6 +46,7 @@ from parallel_dicomseg.errors import (
     ConversionError,
     LayoutError,
     ParallelDicomSegError,
+    ResumableError,
     VerificationError,
 )
 from parallel_dicomseg.records import Cohort, ConvertOptions, ScanOptions
@@ -73,6 +74,8 @@ _BETWEEN_COMMAS = re.compile(r"\s*(?:[^,/=]*=)?/.*?/\s*(?=,|$)|[^,]+")
 FINISHED_SHORT = 1
 """Exit status of a run that ended, but not with everything that it should have made."""
 CANNOT_START = 2
+RESUMABLE = 3
+"""Exit status of a run that machines, not its input, ended: `convert --resume` goes on."""
 INTERRUPTED = 130
 
 
@@ -81,6 +84,8 @@ def _exit_statuses() -> Iterator[None]:
     """End a user's mistake with one line on standard error and the status that it stands for."""
     try:
         yield
+    except ResumableError as error:
+        message, status = f"error: {error}", RESUMABLE
     except (ConversionError, VerificationError) as error:
         message, status = f"error: {error}", FINISHED_SHORT
     except ParallelDicomSegError as error:
@@ -225,6 +230,7 @@ Exit status:
   1    finished, but more was rejected than --max-rejected allows,
        or a file does not hold what it should
   2    cannot start: usage, configuration or input
+  3    ended by the machine (disk, memory, workers), not by the input: resume it
   130  interrupted
 
 \b
@@ -488,30 +494,11 @@ Example:
     show_default=True,
     help="A file for each structure, or one label map where none overlap.",
 )
-def nifti(
-    file: str,
-    directory: str,
-    structures: tuple[str, ...],
-    strict: bool,
-    overwrite: bool,
-    as_json: bool,
-    masks: str,
-) -> None:
+def nifti(**arguments: Any) -> None:
     """Write an image and its masks per volume of FILE as NIfTI into the folder DIRECTORY."""
     from parallel_dicomseg.export import export_nifti
-    from parallel_dicomseg.store import open_dataset
 
-    with open_dataset(file) as dataset, watching() as watch:
-        report = export_nifti(
-            dataset,
-            directory,
-            structures=_split(structures) or None,
-            masks=masks,
-            strict=strict,
-            overwrite=overwrite,
-            progress=watch,
-        )
-    _tell_export(report, as_json)
+    _export(export_nifti, **arguments)
 
 
 @export.command(
@@ -538,37 +525,27 @@ Example:
     show_default=True,
     help="Slices on which a structure was not annotated.",
 )
-def nnunet(
+def nnunet(**arguments: Any) -> None:
+    """Write FILE as a dataset of nnU-Net's raw layout into DIRECTORY, a folder that is there."""
+    from parallel_dicomseg.export import export_nnunet
+
+    _export(export_nnunet, **arguments)
+
+
+def _export(
+    write: Callable[..., ExportReport],
     file: str,
     directory: str,
     structures: tuple[str, ...],
-    strict: bool,
-    overwrite: bool,
     as_json: bool,
-    dataset_id: int,
-    name: str,
-    modality: str,
-    overlap: str,
-    incomplete: str,
+    **options: Any,
 ) -> None:
-    """Write FILE as a dataset of nnU-Net's raw layout into DIRECTORY, a folder that is there."""
-    from parallel_dicomseg.export import export_nnunet
+    """Run an export of a finished file and tell what it wrote."""
     from parallel_dicomseg.store import open_dataset
 
     with open_dataset(file) as dataset, watching() as watch:
-        report = export_nnunet(
-            dataset,
-            directory,
-            dataset_id=dataset_id,
-            name=name,
-            structures=_split(structures) or None,
-            modality=modality,
-            overlap=overlap,
-            incomplete=incomplete,
-            strict=strict,
-            overwrite=overwrite,
-            progress=watch,
-        )
+        chosen = _split(structures) or None
+        report = write(dataset, directory, structures=chosen, progress=watch, **options)
     _tell_export(report, as_json)
 
 

@@ -1,4 +1,4 @@
-"""Arrays to chunk bytes and back, and the HDF5 filters and zarr codecs that these bytes are.
+"""Arrays to chunk bytes, many at a time back, and the HDF5 filters and zarr codecs that they are.
 
 Every codec makes exactly what HDF5's own filters make, so that a chunk goes into the file as it
 is. 'deflate' is HDF5's shuffle and deflate, which every reader has; it is made by ISA-L at level 1
@@ -40,8 +40,6 @@ from parallel_dicomseg.records import Int64, UInt8
 
 # One chunk per thread is the parallelism here; blosc's own pool would fight with it.
 numcodecs.blosc.use_threads = False
-
-CODECS = ("deflate", "lz4", "zstd", "none")
 
 DEFLATE_LEVEL = 1
 
@@ -104,18 +102,6 @@ def filters(codec: str, itemsize: int, chunk_bytes: int) -> tuple[Filter, ...]:
 def mirror_codec(codec: str) -> str:
     """The codec of the zarr mirror of a file: its own, where zarr has it as a core codec."""
     return "lz4" if codec == "deflate" else codec
-
-
-@kernel
-def unshuffle_bytes(planes: UInt8, elements: NDArray[Any]) -> None:
-    """Undo `shuffle_bytes` for one chunk: planes (count x itemsize,) to elements (count,)."""
-    count = len(elements)
-    elements[:] = 0
-    for byte in range(elements.itemsize):
-        plane = planes[byte * count : (byte + 1) * count]
-        shift = elements.dtype.type(8 * byte)
-        for k in range(count):
-            elements[k] |= elements.dtype.type(plane[k]) << shift
 
 
 def encode(
@@ -259,45 +245,3 @@ def decode_rows(encoded: UInt8, starts: Int64, sizes: Int64, codec: str, rows: N
 def can_decode_rows(codec: str) -> bool:
     """Whether the kernels that read and decode this codec can be called here."""
     return AVAILABLE and {"deflate": HAS_INFLATE, "none": True}.get(codec, HAS_UNBLOSC)
-
-
-def decode(chunk: bytes | UInt8, codec: str, out: NDArray[Any]) -> None:
-    """Decode one chunk into `out`, C-contiguous, the dtype and shape of the chunk.
-
-    Raises
-    ------
-    ValueError
-        The bytes do not decode, or not to the size of `out`.
-    """
-    raw = out.reshape(-1).view(np.uint8)
-    if codec == "none":
-        _copy(np.frombuffer(chunk, np.uint8), raw)
-    elif codec == "deflate":
-        try:
-            plain = np.frombuffer(isal_zlib.decompress(chunk, bufsize=len(raw)), np.uint8)
-        except isal_zlib.error as error:  # type: ignore[misc]  # a variable in isal's stubs
-            raise ValueError(f"the chunk is no deflate stream: {error}") from error
-        if out.dtype.itemsize == 1:
-            _copy(plain, raw)
-        else:
-            _check_length(plain, raw)
-            unshuffle_bytes(plain, raw.view(f"<u{out.dtype.itemsize}"))
-    else:
-        # a blosc frame says how long it is and what it becomes; the library believes it
-        claims = np.frombuffer(chunk, "<u4", 4).tolist() if len(chunk) >= 16 else [0] * 4
-        if (claims[1], claims[3]) != (len(raw), len(chunk)):
-            raise ValueError(f"the chunk is no blosc frame of {len(raw)} bytes")
-        try:
-            _copy(np.frombuffer(numcodecs.blosc.decompress(chunk), np.uint8), raw)
-        except RuntimeError as error:
-            raise ValueError(f"the chunk is no blosc frame: {error}") from error
-
-
-def _copy(plain: UInt8, raw: UInt8) -> None:
-    _check_length(plain, raw)
-    raw[:] = plain
-
-
-def _check_length(plain: UInt8, raw: UInt8) -> None:
-    if len(plain) != len(raw):
-        raise ValueError(f"the chunk decodes to {len(plain)} bytes, not {len(raw)}")

@@ -25,13 +25,14 @@ from parallel_dicomseg.checks import measure
 from parallel_dicomseg.codec import checksums, encode
 from parallel_dicomseg.compressors import room_for
 from parallel_dicomseg.deidentify import Policy, conceal_paths, policy_of
-from parallel_dicomseg.dicom.decoders import decoder_for, decoder_versions
+from parallel_dicomseg.dicom.decoders import decoder_for
 from parallel_dicomseg.dicom.pixels import read_images
 from parallel_dicomseg.drawing import draw_masks, structure_centers
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.plan import Plan, make_plan, tasks
 from parallel_dicomseg.rasterize import rasterize_batch
 from parallel_dicomseg.records import (
+    WHOLE_IMAGE,
     AnnotationRefs,
     Checks,
     ChunkTask,
@@ -169,7 +170,7 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "def
         columns=(8,),
         photometric_interpretation=("MONOCHROME2",),
         plane_geometry=((0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.0, 1.0),),
-        grid=((0.0, 0.0, 1.0, 1.0),),
+        grid=(WHOLE_IMAGE,),
         annotated=(0,),
     )
     nothing = AnnotationRefs((0,), (0,), (0,), ("sunnybrook",), ("",), (0,), (-1,))
@@ -297,27 +298,16 @@ def _provenance(
     return {name: texts for name, texts in said.items() if texts}
 
 
-#: Distributions of the modules that decode compressed pixels.
-_DISTRIBUTIONS = {"PIL": "pillow", "imagecodecs": "imagecodecs", "libjpeg": "pylibjpeg-libjpeg"}
-
-
 def _decoders_of(slices: SliceTable) -> dict[str, str]:
     """What decodes each compressed transfer syntax of the images, and its version."""
-    versions = decoder_versions()
-    kinds = zip(
-        slices.transfer_syntax_uid.tolist(),
-        slices.bits_allocated.tolist(),
-        slices.samples_per_pixel.tolist(),
-        strict=True,
-    )
-    found = {}
-    for raw_uid, bits_allocated, samples in sorted(set(kinds)):
-        uid = raw_uid.decode("ascii", "replace")
-        decoder = decoder_for(uid, bits_allocated, samples)
-        package = _DISTRIBUTIONS.get(decoder.module) if decoder else None
-        if package and package in versions:
-            found[uid] = f"{package} {versions[package]}"
-    return found
+    columns = (slices.transfer_syntax_uid, slices.bits_allocated, slices.samples_per_pixel)
+    kinds = sorted(set(zip(*(column.tolist() for column in columns), strict=True)))
+    texts = ((uid.decode("ascii", "replace"), *numbers) for uid, *numbers in kinds)
+    return {
+        uid: decoder.release
+        for uid, bits_allocated, samples in texts
+        if (decoder := decoder_for(uid, bits_allocated, samples)) and decoder.release
+    }
 
 
 def check_output(output: Path, options: ConvertOptions) -> None:

@@ -15,6 +15,7 @@ from parallel_dicomseg.plan import annotation_refs, slice_refs
 from parallel_dicomseg.rasterize import rasterize_batch
 from parallel_dicomseg.records import (
     HARMLESS_REASONS,
+    WHOLE_IMAGE,
     AnnotationRefs,
     Bitmap,
     ChunkTask,
@@ -36,7 +37,6 @@ _ELLIPTIC = frozenset({"sunnybrook"})
 # Slices whose annotations are read at a time to find out where the structures are.
 _SLICES_PER_LOOK = 256
 # The grid of an image that is stored as it is.
-_AS_IS = (0.0, 0.0, 1.0, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +115,7 @@ def structure_centers(cohort: Cohort, contour_origin: float) -> Float64:
     of the volume, so that a volume stays one; NaN where nothing is drawn.
     """
     slices = cohort.slices
-    as_they_are = np.tile(_AS_IS, (len(slices), 1))
+    as_they_are = np.tile(WHOLE_IMAGE, (len(slices), 1))
     low, high = np.full((len(slices), 2), np.inf), np.full((len(slices), 2), -np.inf)
     last = np.stack([slices.rows, slices.columns], axis=1) - 1.0
     for first in range(0, len(slices), _SLICES_PER_LOOK):
@@ -195,7 +195,7 @@ def _without_overlaps(
 
 def on_grid(contours: Contours, grid: Float64) -> Contours:
     """Rings in pixels of their source images, brought to the stored grids (n, 4)."""
-    if not len(contours) or (grid == _AS_IS).all():
+    if not len(contours) or (grid == WHOLE_IMAGE).all():
         return contours
     row, column, row_step, column_step = np.repeat(
         grid[contours.plane], np.diff(contours.offsets), axis=0
@@ -257,7 +257,9 @@ def _along(origin: float, step: float, source: int, stored: int) -> tuple[int, i
 def _drawn_and_moved(contours: Contours, slices: SliceRefs, shape: tuple[int, ...]) -> list[int]:
     """The slices with rings whose stored image is not the source image as it is."""
     sizes = zip(slices.rows, slices.columns, strict=True)
-    moved = [grid != _AS_IS or size != shape for grid, size in zip(slices.grid, sizes, strict=True)]
+    moved = [
+        grid != WHOLE_IMAGE or size != shape for grid, size in zip(slices.grid, sizes, strict=True)
+    ]
     return [plane for plane in np.unique(contours.plane).tolist() if moved[plane]]
 
 

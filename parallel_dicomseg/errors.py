@@ -17,5 +17,11 @@ class ConversionError(ParallelDicomSegError):
     """The conversion could not be finished; the reason is not one of the input slices."""
 
 
+class ResumableError(ConversionError):
+    """The run ended for a reason outside its input (disk, memory, workers, a signal); what was
+    finished is kept, and the run can be resumed.
+    """
+
+
 class VerificationError(ParallelDicomSegError):
     """A finished file does not hold what it should."""

@@ -87,13 +87,14 @@ def _duals(row_direction: Float64, column_direction: Float64) -> tuple[Float64, 
 
 
 def to_patient(points_column_row: ArrayLike, plane: ArrayLike) -> Float64:
-    """(p, 3) mm of pixel positions (p, 2), as (column, row), on one plane (11,).
+    """(p, 3) mm of pixel positions (p, 2), as (column, row), on one plane (11,) or each
+    on its own (p, 11).
 
     DICOM PS3.3 equation C.7.6.2.1-1.
     """
     points, plane = np.asarray(points_column_row, np.float64), np.asarray(plane, np.float64)
-    columns, rows = points[..., :1] * plane[10], points[..., 1:] * plane[9]
-    patient: Float64 = plane[:3] + columns * plane[3:6] + rows * plane[6:9]
+    columns, rows = points[..., :1] * plane[..., 10:11], points[..., 1:] * plane[..., 9:10]
+    patient: Float64 = plane[..., :3] + columns * plane[..., 3:6] + rows * plane[..., 6:9]
     return patient
 
 
@@ -113,11 +114,11 @@ def volume_affine(planes: ArrayLike) -> Float64:
 
 
 def stored_plane(plane: ArrayLike, grid: ArrayLike) -> Float64:
-    """The plane (11,) of an image on another grid (4,): its first pixel and its spacing move.
+    """The planes (…, 11) of images on other grids (…, 4): first pixel and spacing move.
 
     `grid` is the row and column of the new first pixel's centre in pixels of `plane`, then the
     steps between new rows and between new columns.
     """
     plane, grid = np.asarray(plane, np.float64), np.asarray(grid, np.float64)
-    origin = to_patient(grid[1::-1], plane)
-    return np.concatenate([origin, plane[3:9], plane[9:11] * grid[2:4]])
+    origin = to_patient(grid[..., 1::-1], plane)
+    return np.concatenate([origin, plane[..., 3:9], plane[..., 9:11] * grid[..., 2:4]], axis=-1)

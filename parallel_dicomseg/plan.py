@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.codec import CODECS
+from parallel_dicomseg.chunks import CODECS
+from parallel_dicomseg.deidentify import DATES
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.geometry import planes_of
 from parallel_dicomseg.grid import make_grids
+from parallel_dicomseg.overlap import POLICIES
 from parallel_dicomseg.rasterize import RULES
 from parallel_dicomseg.records import (
     AnnotationRefs,
@@ -29,7 +31,6 @@ from parallel_dicomseg.records import (
     SliceTable,
 )
 
-DATES = ("drop", "shift")
 CONTOUR_ORIGINS = (0.0, 0.5, 1.0)
 MAX_STRUCTURES = 64
 MAX_SLICES_PER_TASK = 64
@@ -56,7 +57,6 @@ _COPIED_COLUMNS = (
 )
 _INTEGER_IMAGES = ("|u1", "<i2", "<u2", "<i4", "<u4")
 COLORS = ("luminance", "samples")
-PARTIAL_OVERLAPS = ("xor", "union", "refuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +156,7 @@ def _check_options(options: ConvertOptions) -> None:
         ("codec", options.codec, CODECS),
         ("contour_origin", options.contour_origin, CONTOUR_ORIGINS),
         ("color", options.color, COLORS),
-        ("partial_overlap", options.partial_overlap, PARTIAL_OVERLAPS),
+        ("partial_overlap", options.partial_overlap, POLICIES),
         ("dates", options.dates, DATES),
     )
     amounts = ("workers", "memory_limit", "slices_per_task", "max_rejected")

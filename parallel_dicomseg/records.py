@@ -461,6 +461,10 @@ class Layout:
     """What lies outside the source image; NaN: the slice's own minimum."""
 
 
+#: The grid of an image that is stored as it is, see `SliceRefs.grid`.
+WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
+
+
 @dataclass(frozen=True, slots=True)
 class SliceRefs:
     """The n frames of a task, column by column: what is needed to decode them, no patient."""
@@ -485,7 +489,7 @@ class SliceRefs:
     """Each 11 floats: ImagePositionPatient (3), ImageOrientationPatient (6), PixelSpacing (2)."""
     grid: tuple[tuple[float, float, float, float], ...]
     """Each: row and column, in pixels of the source image, of the centre of the stored image's
-    first pixel, then the step between stored rows and between stored columns. (0, 0, 1, 1) with
+    first pixel, then the step between stored rows and between stored columns. WHOLE_IMAGE with
     the source's size is the image as it is."""
     annotated: tuple[int, ...]
     """Bit s: structure s was looked for on this slice."""

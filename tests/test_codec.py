@@ -12,19 +12,23 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from parallel_dicomseg import codec as codec_module
+from parallel_dicomseg.chunks import CODECS, decode
 from parallel_dicomseg.codec import (
-    CODECS,
     DEFLATE_LEVEL,
     checksums,
     checksums_of_file,
-    decode,
     encode,
     encode_one_by_one,
     filters,
     mirror_codec,
-    unshuffle_bytes,
 )
-from parallel_dicomseg.compressors import HAS_BLOSC, HAS_ISAL, room_for, shuffle_bytes
+from parallel_dicomseg.compressors import (
+    HAS_BLOSC,
+    HAS_ISAL,
+    room_for,
+    shuffle_bytes,
+    unshuffle_row,
+)
 
 DTYPES = ("|u1", "<i2", "<u2", "<u4", "<f4", "<u8")
 
@@ -66,7 +70,7 @@ def test_shuffle_groups_bytes_by_their_place(elements):
 
     assert out.tobytes() == elements.view(np.uint8).reshape(len(elements), -1).T.tobytes()
     undone = np.empty_like(elements)
-    unshuffle_bytes(out, undone)
+    unshuffle_row(out, undone)
     assert undone.tolist() == elements.tolist()
 
 

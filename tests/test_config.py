@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_dicomseg import codec, plan, rasterize, schedulers
+from parallel_dicomseg import chunks, plan, rasterize, schedulers
 from parallel_dicomseg.config import (
     SCHEDULERS,
     SETTINGS,
@@ -84,7 +84,7 @@ def test_every_field_of_the_records_can_be_set() -> None:
 def test_choices_are_those_of_the_rooms_that_obey_them() -> None:
     """The values that the command line offers are those that the work knows."""
     assert SETTINGS["convert.rule"].choices == tuple(rasterize.RULES)
-    assert SETTINGS["convert.codec"].choices == tuple(codec.CODECS)
+    assert SETTINGS["convert.codec"].choices == tuple(chunks.CODECS)
     assert SETTINGS["convert.contour_origin"].choices == tuple(plan.CONTOUR_ORIGINS)
     assert (*schedulers.LOCAL_SCHEDULERS, "distributed") == SCHEDULERS
 

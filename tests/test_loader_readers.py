@@ -10,7 +10,8 @@ import written
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_dicomseg import codec
+from parallel_dicomseg import chunks, codec
+from parallel_dicomseg.chunks import decode
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.loader import opening, readers
 from parallel_dicomseg.loader.opening import open_source
@@ -154,7 +155,7 @@ def test_nothing_and_no_hdf5_are_refused(tmp_path):
 def test_names_are_those_of_the_store():
     """What is written twice, lest numba be loaded, is the same in both places."""
     assert (hdf5.FORMAT, hdf5.FORMAT_VERSION) == (opening.FORMAT, opening.FORMAT_VERSION)
-    assert codec.CODECS == opening.CODECS
+    assert chunks.CODECS == opening.CODECS
 
 
 @pytest.mark.parametrize("codec_name", CODECS)
@@ -286,7 +287,7 @@ def test_kernels_and_packages_decode_alike(dtype, count, chunks, seed, name):
 
     assert chunks == codec.decode_rows(encoded, starts, sizes, name, fast)
     for k in range(chunks):
-        readers.decode_chunk(encoded[starts[k] : starts[k] + sizes[k]], name, slow[k])
+        decode(encoded[starts[k] : starts[k] + sizes[k]], name, slow[k])
     assert (values[:, 0] == fast).all()
     assert (values[:, 0] == slow).all()
 
@@ -299,7 +300,7 @@ def test_any_bytes_are_decoded_or_refused_alike(content, name):
     one = np.zeros(1, np.int64)
     decoded = codec.decode_rows(chunk, one, one + len(chunk), name, fast)
     try:
-        readers.decode_chunk(chunk, name, slow)
+        decode(chunk, name, slow)
     except ValueError:
         assert decoded == 0
     else:

@@ -20,13 +20,13 @@ import zarr
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel_dicomseg.codec import CODECS
+from parallel_dicomseg.chunks import CODECS
 from parallel_dicomseg.cohort import scan_cohort
 from parallel_dicomseg.convert import convert_cohort
 from parallel_dicomseg.deidentify import Policy
 from parallel_dicomseg.errors import ConfigurationError, ConversionError, LayoutError
 from parallel_dicomseg.geometry import normal_of, planes_of, stored_plane
-from parallel_dicomseg.loader import iterate_batches, sample_order
+from parallel_dicomseg.loader import epoch_order, iterate_batches
 from parallel_dicomseg.records import ConvertOptions, HeaderColumn, Problem, Reason, ScanOptions
 from parallel_dicomseg.report.inspection import inspect_file
 from parallel_dicomseg.store import mirror_to_zarr, open_dataset, verify_file
@@ -779,9 +779,9 @@ def test_batches_serve_every_slice_once_in_the_order_of_the_seed(files):
             next(iterate_batches(dataset, 0))
     assert [len(batch.index) for batch in batches] == [4, 4, 2]
     order = np.concatenate([batch.index for batch in batches])
-    np.testing.assert_array_equal(order, sample_order(10, 3, 1))
+    np.testing.assert_array_equal(order, epoch_order(10, 3, 1))
     assert sorted(order) == list(range(10))
-    assert order.tolist() != sample_order(10, 3, 2).tolist()
+    assert order.tolist() != epoch_order(10, 3, 2).tolist()
     for batch in batches:
         np.testing.assert_array_equal(batch.image, images[batch.index])
         np.testing.assert_array_equal(batch.mask, masks[batch.index])

@@ -63,7 +63,16 @@ class Decoder:
         """Whether it can be used here."""
         return _is_importable(self.module)
 
+    @property
+    def release(self) -> str:
+        """The package that decodes compressed pixels, and its version; '' where there is none."""
+        package = _DISTRIBUTIONS.get(self.module, "")
+        versions = decoder_versions()
+        return f"{package} {versions[package]}" if package in versions else ""
 
+
+#: Distributions of the modules that decode compressed pixels.
+_DISTRIBUTIONS = {"PIL": "pillow", "imagecodecs": "imagecodecs", "libjpeg": "pylibjpeg-libjpeg"}
 _CODESTREAM = "codestream"
 _PYDICOM_PLUGINS = {
     "PIL": "pydicom.pixels.decoders.pillow",
@@ -137,7 +146,7 @@ def missing_decoders(transfer_syntax_uids: Iterable[str]) -> dict[str, str]:
 def decoder_versions() -> dict[str, str]:
     """Versions of the packages that decode pixels, those that are installed, for provenance."""
     versions = {}
-    for package in ("imagecodecs", "pillow", "pydicom", "pylibjpeg-libjpeg"):
+    for package in ("pydicom", *_DISTRIBUTIONS.values()):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

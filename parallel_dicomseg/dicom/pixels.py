@@ -35,6 +35,7 @@ from parallel_dicomseg.dicom.decoders import (
 from parallel_dicomseg.jit import kernel
 from parallel_dicomseg.posix import close, file_size, open_read_only, pack_paths, read_at
 from parallel_dicomseg.records import (
+    WHOLE_IMAGE,
     Float64,
     Int32,
     Int64,
@@ -56,7 +57,6 @@ _NATIVE = (
     EXPLICIT_BIG_ENDIAN,
 )
 _GREY = ("MONOCHROME1", "MONOCHROME2")
-_AS_IS = (0.0, 0.0, 1.0, 1.0)
 
 # How reading the pixels of one file ended.
 _READ, _NOT_OPENED, _SIZE_CHANGED, _SHORT = 0, 1, 2, 3
@@ -320,7 +320,7 @@ class _Native:
         return (
             np.dtype(self.dtype) == out.dtype
             and self.size == out.shape[1:]
-            and set(slices.grid) == {_AS_IS}
+            and set(slices.grid) == {WHOLE_IMAGE}
             and set(slices.bits_stored) == {8 * out.dtype.itemsize}
             and set(slices.rescale_slope) == {1.0}
             and set(slices.rescale_intercept) == {0.0}

@@ -27,9 +27,6 @@ if TYPE_CHECKING:
     from parallel_dicomseg.loader.timings import Timings
     from parallel_dicomseg.store import Dataset
 
-#: The name of `epoch_order` in earlier releases.
-sample_order = epoch_order
-
 _ROOMS = {
     "BatchLoader": "batch_loader",
     "EpochIterator": "batch_loader",
@@ -59,7 +56,6 @@ __all__ = [
     "Weighted",
     "epoch_order",
     "iterate_batches",
-    "sample_order",
     "warm_up",
 ]
 

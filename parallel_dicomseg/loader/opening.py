@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.chunks import CODECS
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.loader.readers import Chunks, DatasetRows, Files, Rows, reading
 from parallel_dicomseg.records import Int64
 
 # As `store` writes them; it is not imported, for it loads numba. A test compares them.
 FORMAT, FORMAT_VERSION = "parallel_dicomseg", 2
-CODECS = ("deflate", "lz4", "zstd", "none")
 
 #: Names of image and mask datasets that are found in files of others; the first is the original's.
 PAIRS = (

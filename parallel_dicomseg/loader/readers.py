@@ -23,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.chunks import decode
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.records import Int64, UInt8
 
@@ -238,7 +239,7 @@ class Chunks:
         for i in range(first, len(rows)):
             chunk = encoded[starts[i] : starts[i] + sizes[i]]
             try:
-                decode_chunk(chunk, self.codec, flat[i])
+                decode(chunk, self.codec, flat[i])
             except (ValueError, MemoryError, SystemError) as error:  # the last two from blosc
                 raise LayoutError(f"{self.where(int(rows[i]))}: {error}") from error
 
@@ -271,59 +272,6 @@ def _read_fully(descriptor: int, room: memoryview, offset: int) -> int:
             break
         done += count
     return done
-
-
-def decode_chunk(chunk: UInt8, codec: str, out: NDArray[Any]) -> None:
-    """Decode one chunk without numba.
-
-    Parameters
-    ----------
-    chunk
-        Its bytes.
-    codec
-        'deflate', 'lz4' or 'zstd'.
-    out
-        (count,) of the chunk's dtype, C-contiguous, filled.
-
-    Raises
-    ------
-    ValueError
-        The bytes do not decode, or not to the size of `out`.
-    """
-    raw = out.view(np.uint8)
-    if codec == "deflate":
-        from isal import isal_zlib
-
-        try:
-            plain = np.frombuffer(isal_zlib.decompress(chunk, bufsize=len(raw)), np.uint8)
-        except isal_zlib.error as error:  # type: ignore[misc]  # a variable in isal's stubs
-            raise ValueError(f"the chunk is no deflate stream: {error}") from error
-        if len(plain) != len(raw):
-            raise ValueError(f"the chunk decodes to {len(plain)} bytes, not {len(raw)}")
-        unshuffle(plain, out)
-        return
-    import numcodecs.blosc
-
-    # one chunk per thread is the parallelism here; blosc's own pool would fight with it
-    numcodecs.blosc.use_threads = False
-    claims = chunk[:16].view("<u4").tolist() if len(chunk) >= 16 else [0] * 4
-    if (claims[1], claims[3]) != (len(raw), len(chunk)):
-        raise ValueError(f"the chunk is no blosc frame of {len(raw)} bytes")
-    try:
-        numcodecs.blosc.decompress(chunk, raw)
-    except RuntimeError as error:
-        raise ValueError(f"the chunk is no blosc frame: {error}") from error
-
-
-def unshuffle(planes: UInt8, out: NDArray[Any]) -> None:
-    """Undo HDF5's shuffle with NumPy: planes (count x itemsize,) to elements (count,)."""
-    itemsize = out.dtype.itemsize
-    unsigned = out.view(f"<u{itemsize}")
-    by_byte = planes.reshape(itemsize, -1)
-    unsigned[:] = by_byte[-1]
-    for plane in by_byte[-2::-1]:
-        np.left_shift(unsigned, 8, out=unsigned)
-        np.bitwise_or(unsigned, plane, out=unsigned)
 
 
 class Rows(Protocol):

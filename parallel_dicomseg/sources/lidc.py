@@ -19,11 +19,9 @@ of readers who must have marked a pixel.
 from __future__ import annotations
 
 import math
-import threading
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -54,6 +52,7 @@ from parallel_dicomseg.sources.matching import (
     find_volumes,
     index_images,
 )
+from parallel_dicomseg.sources.parsed import Flaw, ParsedFiles
 from parallel_dicomseg.text import digest_bytes
 
 name = "lidc"
@@ -69,7 +68,6 @@ _MAX_BYTES = 32 * 2**20
 _MAX_COORDINATE = 65535
 _AXIAL = np.array([0.0, 0.0, 1.0])
 
-Flaw = tuple[Reason, str]
 _OTHER_XML: Flaw = (Reason.STRAY_FILE, "XML, but no reading of LIDC")
 Plane = tuple[bytes, float]
 """SOP Instance UID and z (mm; NaN where the file does not say) of an image, as the file has it."""
@@ -496,26 +494,9 @@ def _line(start: Int64, end: Int64) -> Int64:
 
 # --- the file ------------------------------------------------------------------------------------
 
-_parsing = threading.Lock()
 
-
-def _load(root: str, path: str) -> Reading | Flaw:
-    """What a file says, kept until it changes or others push it out."""
-    file = Path(root, path)
-    try:
-        status = file.stat()
-        # one thread parses, the others find it done
-        with _parsing:
-            return _parse(str(file), status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        return Reason.UNREADABLE_FILE, error.strerror or type(error).__name__
-
-
-@lru_cache(maxsize=32)
-def _parse(file: str, size: int, modified: int) -> Reading | Flaw:
-    """Read a file; `modified` tells this version of it from others."""
-    del modified
-    with Path(file).open("rb") as stream:
+def _parse(file: Path, size: int) -> Reading | Flaw:
+    with file.open("rb") as stream:
         head = stream.read(_HEAD_BYTES)
         if not any(root in head for root in _ROOT_NAMES):
             return _OTHER_XML
@@ -528,6 +509,9 @@ def _parse(file: str, size: int, modified: int) -> Reading | Flaw:
     if root.tag == _X_RAY_ROOT:
         return Reason.NO_AREA, "a reading of a chest x-ray: it has points, no outlines"
     return parse_reading(root) if root.tag == _CT_ROOT else _OTHER_XML
+
+
+_load = ParsedFiles(_parse, most=32).load
 
 
 def _root_element(stream: BinaryIO) -> Any | Flaw:

@@ -37,8 +37,8 @@ from parallel_dicomseg.records import (
 )
 from parallel_dicomseg.sources.base import Found
 from parallel_dicomseg.sources.matching import ImageIndex, Match, find_volumes, index_images
+from parallel_dicomseg.sources.parsed import Flaw
 from parallel_dicomseg.sources.seg_files import (
-    Flaw,
     Header,
     Values,
     load_header,

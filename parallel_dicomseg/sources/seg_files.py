@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import io
 import os
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +16,8 @@ from numpy.typing import NDArray
 from parallel_dicomseg.dicom.decoders import EXPLICIT_BIG_ENDIAN, quiet
 from parallel_dicomseg.dicom.pixels import FrameError, OpenImage, open_image, stored_frame
 from parallel_dicomseg.records import Float64, Int64, Reason
+from parallel_dicomseg.sources.parsed import Flaw, ParsedFiles, unreadable
 
-Flaw = tuple[Reason, str] | tuple[Reason, str, str]
-"""Reason, what is wrong, and the only segment that is concerned."""
 Values = NDArray[np.unsignedinteger[Any]]
 
 # Bits Allocated by Segmentation Type (PS3.3 C.8.20.2; BINARY in bytes is met as well).
@@ -65,34 +62,9 @@ class Header:
         return len(self.planes)
 
 
-def load_header(root: str, path: str) -> Header | Flaw:
-    """The header of a SEG file, kept until the file changes or others push it out.
-
-    A file that cannot be read or used is a flaw: the reason and what is wrong.
-    """
-    file = Path(root, path)
+def _parse(file: Path, size: int) -> Header | Flaw:  # noqa: ARG001  what parsing may need
     try:
-        status = file.stat()
-        # one thread parses, the others find it done
-        with _parsing:
-            return _parse(str(file), status.st_size, status.st_mtime_ns)
-    except OSError as error:
-        return _unreadable(error)
-
-
-_parsing = threading.Lock()
-
-
-def _unreadable(error: OSError) -> Flaw:
-    return Reason.UNREADABLE_FILE, error.strerror or type(error).__name__
-
-
-@lru_cache(maxsize=_HEADERS)
-def _parse(file: str, size: int, modified: int) -> Header | Flaw:
-    """Read a header; `size` and `modified` tell this version of the file from others."""
-    del size, modified
-    try:
-        with quiet(), open_image(Path(file)) as image:
+        with quiet(), open_image(file) as image:
             return _missing(image) or _header(image)
     except OSError:
         raise
@@ -101,6 +73,10 @@ def _parse(file: str, size: int, modified: int) -> Header | Flaw:
     except Exception as error:  # noqa: BLE001 broken files make pydicom raise anything
         # only the kind of the error: pydicom's texts quote values of the header
         return Reason.UNREADABLE_FILE, f"the header cannot be read ({type(error).__name__})"
+
+
+#: The header of a SEG file below a root, or what is wrong with it.
+load_header = ParsedFiles(_parse, most=_HEADERS).load
 
 
 # --- frames --------------------------------------------------------------------------------------
@@ -140,7 +116,7 @@ def read_frame(header: Header, image: OpenImage, frame: int) -> tuple[Values | N
     except FrameError as error:
         return None, (error.reason, f"frame {frame + 1}: {error.detail}")
     except OSError as error:
-        return None, _unreadable(error)
+        return None, unreadable(error)
     except Exception as error:  # noqa: BLE001 decoders raise anything on what they cannot decode
         kind = f"{image.decoder.name}, {image.options['bits_allocated']} bit"
         detail = f"frame {frame + 1} cannot be decoded ({kind}: {type(error).__name__})"

@@ -14,7 +14,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.codec import CODECS, decode
+from parallel_dicomseg.chunks import CODECS, decode
 from parallel_dicomseg.errors import LayoutError
 from parallel_dicomseg.records import Checks, Problem, Reason
 from parallel_dicomseg.store.attributes import attributes_crc32c, plain_attributes

@@ -27,6 +27,7 @@ from parallel_dicomseg.deidentify import Policy, conceal_paths
 from parallel_dicomseg.errors import ConversionError, VerificationError
 from parallel_dicomseg.records import (
     FLAGS,
+    WHOLE_IMAGE,
     Bytes,
     EncodedChunk,
     Float64,
@@ -50,7 +51,6 @@ from parallel_dicomseg.store.headers import (
 )
 from parallel_dicomseg.store.lock import locked
 from parallel_dicomseg.store.table import (
-    WHOLE_IMAGE,
     Columns,
     mark_columns,
     rejected_columns,

@@ -11,9 +11,10 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.checks import identical_contours
 from parallel_dicomseg.deidentify import IDENTITIES, Policy, cleaned, pseudonyms, ranks
-from parallel_dicomseg.geometry import normal_of, planes_of
+from parallel_dicomseg.geometry import normal_of, planes_of, stored_plane
 from parallel_dicomseg.records import (
     FLAGS,
+    WHOLE_IMAGE,
     Bytes,
     Float64,
     Int32,
@@ -26,9 +27,6 @@ from parallel_dicomseg.records import (
 from parallel_dicomseg.volumes import gap_before
 
 Columns = dict[str, NDArray[Any]]
-
-#: The grid of an image that is stored as it is.
-WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
 
 _FROM_HEADER = (
     "frame",
@@ -144,11 +142,9 @@ def stored_geometry(slices: SliceTable, grid: Float64) -> tuple[Float64, Float64
     moved = np.flatnonzero((grid != WHOLE_IMAGE).any(axis=1))
     if not len(moved):
         return position, spacing
-    plane, step = planes_of(slices)[moved], grid[moved]
-    down, right = step[:, :1] * plane[:, 9:10], step[:, 1:2] * plane[:, 10:]
+    stored = stored_plane(planes_of(slices)[moved], grid[moved])
     position, spacing = position.copy(), spacing.copy()
-    position[moved] += right * plane[:, 3:6] + down * plane[:, 6:9]
-    spacing[moved] *= step[:, 2:]
+    position[moved], spacing[moved] = stored[:, :3], stored[:, 9:]
     return position, spacing
 
 
