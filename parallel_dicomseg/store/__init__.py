@@ -1,9 +1,10 @@
 """The files: HDF5 (written once, by one writer, read by everybody) and its zarr mirror."""
 
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset, open_dataset
-from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, Hdf5Writer
+from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION
 from parallel_dicomseg.store.headers import keyword_from_user
 from parallel_dicomseg.store.verify import Verification, verify_file
+from parallel_dicomseg.store.writer import Hdf5Writer, find_leftover
 from parallel_dicomseg.store.zarr import check_mirror, mirror_to_zarr
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Hdf5Writer",
     "Verification",
     "check_mirror",
+    "find_leftover",
     "keyword_from_user",
     "mirror_to_zarr",
     "open_dataset",
