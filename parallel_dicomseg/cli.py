@@ -11,7 +11,9 @@ import json
 import math
 import random
 import re
+import signal
 import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -77,6 +79,7 @@ CANNOT_START = 2
 RESUMABLE = 3
 """Exit status of a run that machines, not its input, ended: `convert --resume` goes on."""
 INTERRUPTED = 130
+TERMINATED = 143
 
 
 @contextmanager
@@ -85,13 +88,15 @@ def _exit_statuses() -> Iterator[None]:
     try:
         yield
     except ResumableError as error:
-        message, status = f"error: {error}", RESUMABLE
+        message, status = _with_notes(f"error: {error}", error), RESUMABLE
     except (ConversionError, VerificationError) as error:
         message, status = f"error: {error}", FINISHED_SHORT
     except ParallelDicomSegError as error:
         message, status = f"error: {error}", CANNOT_START
-    except KeyboardInterrupt:
-        message, status = "interrupted", INTERRUPTED
+    except Terminated as error:
+        message, status = _with_notes("terminated", error), TERMINATED
+    except KeyboardInterrupt as error:
+        message, status = _with_notes("interrupted", error), INTERRUPTED
     except OSError as error:
         message, status = f"error: {_refusal(error)}", CANNOT_START
     else:
@@ -100,13 +105,38 @@ def _exit_statuses() -> Iterator[None]:
     raise click.exceptions.Exit(status)
 
 
+def _with_notes(message: str, error: BaseException) -> str:
+    """What the writer has added: how much is kept, and how to go on."""
+    return "; ".join([message, *getattr(error, "__notes__", ())])
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, as batch systems send it some seconds before they kill."""
+
+
+def _raise_terminated(*_: object) -> None:
+    raise Terminated
+
+
 @contextmanager
 def _converting() -> Iterator[None]:
     """From here on a run has started: what the system refuses now leaves it unfinished."""
+    before = signal.signal(signal.SIGTERM, _raise_terminated) if _in_main_thread() else None
     try:
         yield
-    except OSError as error:
-        raise ConversionError(_refusal(error)) from error
+    except (OSError, MemoryError) as error:
+        reason = _refusal(error) if isinstance(error, OSError) else "the memory does not suffice"
+        resumable = ResumableError(reason)
+        for note in getattr(error, "__notes__", ()):
+            resumable.add_note(note)
+        raise resumable from error
+    finally:
+        if before is not None:
+            signal.signal(signal.SIGTERM, before)
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def _refusal(error: OSError) -> str:
@@ -231,7 +261,7 @@ Exit status:
        or a file does not hold what it should
   2    cannot start: usage, configuration or input
   3    ended by the machine (disk, memory, workers), not by the input: resume it
-  130  interrupted
+  130  interrupted (143: terminated); what is finished is kept
 
 \b
 Example:
@@ -331,7 +361,9 @@ Example:
   parallel-dicomseg convert archive -o cohort.h5 \\
       --structures /gtv.*/ --spacing 1.0 --size 256 256 --split 0.8 0.1 0.1
   parallel-dicomseg convert final_data -o cohort.h5 \\
-      --scheduler tcp://127.0.0.1:8786"""
+      --scheduler tcp://127.0.0.1:8786
+  parallel-dicomseg convert final_data -o cohort.h5 --resume
+  parallel-dicomseg convert final_data -o growing.h5 --update"""
 )
 @click.argument("data_directory", metavar="[SOURCE]", required=False, type=click.Path())
 @click.option("-o", "--output", metavar="OUT.h5", help="The file to write.")
@@ -352,15 +384,22 @@ def convert(
     --stratify) were its own and are refused here. The exit status is 1 when more was rejected than
     --max-rejected allows; the file is complete without it and says what and why. SOURCE and -o may
     be left out where a config.ini names them.
+
+    OUT.h5 appears when it is whole. A run that is killed, terminated, or meets a full disk leaves
+    OUT.h5.partial, and `--resume` goes on with it: nothing that is finished is decoded again.
     """
     settings = _settings("convert", options, config)
     if show_config:
         _show_config(settings, "", as_json)
         return
-    from parallel_dicomseg.convert import check_output, convert_cohort
+    from parallel_dicomseg.convert import check_output, convert_cohort, is_whole
 
     source = data_directory or _legacy_default(settings, "data_dir_base", "SOURCE")
     target = output or _legacy_default(settings, "hdf5_filename", "-o OUT.h5")
+    if settings.convert.resume and is_whole(Path(target), settings.convert):
+        click.echo(printable(f"{target} is whole, there is nothing to resume"), err=True)
+        _finish_mirror(target, settings.convert)
+        return
     check_output(Path(target), settings.convert)
     with watching() as watch:
         cohort = _find_cohort(source, settings, watch)
@@ -373,6 +412,15 @@ def convert(
     else:
         click.echo(render_summary(summary))
     click.get_current_context().exit(summary.exit_status)
+
+
+def _finish_mirror(output: str, options: ConvertOptions) -> None:
+    """Make the mirror of a finished file, where a run was ended before that."""
+    from parallel_dicomseg.store import mirror_to_zarr, open_dataset
+
+    if options.zarr and not Path(options.zarr).exists():
+        with watching() as watch, _converting(), open_dataset(output) as dataset:
+            mirror_to_zarr(dataset, options.zarr, progress=watch)
 
 
 @main.command(

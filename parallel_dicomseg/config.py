@@ -75,7 +75,13 @@ _HELP = {
     "convert.strict": "Stop at the first rejected slice.",
     "convert.max_rejected": "More rejected than this give exit status 1.",
     "convert.zarr": "Also write a zarr v3 mirror into this folder.",
-    "convert.overwrite": "Replace an existing output.",
+    "convert.overwrite": "Replace an existing output, and what an unfinished run has left.",
+    "convert.resume": "Go on with what an unfinished run has left, if there is any.",
+    "convert.update": "Take over what has not changed since OUT.h5 was made with --update, convert"
+    " the rest; the first time, everything.",
+    "convert.compare": "What tells --update that a file is unchanged: its time and size, or its"
+    " content.",
+    "convert.ignore_space": "Begin even where the disk will probably not hold the output.",
     "convert.checks.max_mask_fraction": "Flag a mask that covers more of the image than this.",
     "convert.checks.max_ellipse_residual": "Flag a ring further than this from its ellipse"
     " (RMS, in mean radii).",
@@ -90,6 +96,7 @@ _CHOICES: dict[str, tuple[str | float, ...]] = {
     "convert.color": ("luminance", "samples"),
     "convert.partial_overlap": ("xor", "union", "refuse"),
     "convert.dates": ("drop", "shift"),
+    "convert.compare": ("time", "content"),
     "convert.rule": ("center", "pil-outline0", "pil-outline1"),
     "convert.contour_origin": (0.0, 0.5, 1.0),
     "convert.codec": ("deflate", "lz4", "zstd", "none"),

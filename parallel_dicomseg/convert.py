@@ -7,12 +7,14 @@ on who was faster.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import shutil
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import BrokenExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -25,10 +27,10 @@ from parallel_dicomseg.checks import measure
 from parallel_dicomseg.codec import checksums, encode
 from parallel_dicomseg.compressors import room_for
 from parallel_dicomseg.deidentify import Policy, conceal_paths, policy_of
-from parallel_dicomseg.dicom.decoders import decoder_for
 from parallel_dicomseg.dicom.pixels import read_images
 from parallel_dicomseg.drawing import draw_masks, structure_centers
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
+from parallel_dicomseg.fingerprint import decoders_of, plan_fingerprint
 from parallel_dicomseg.plan import Plan, make_plan, tasks
 from parallel_dicomseg.rasterize import rasterize_batch
 from parallel_dicomseg.records import (
@@ -44,11 +46,24 @@ from parallel_dicomseg.records import (
     Problem,
     Progress,
     SliceRefs,
-    SliceTable,
     Summary,
 )
 from parallel_dicomseg.schedulers import Job, Pending, open_scheduler
-from parallel_dicomseg.store import Hdf5Writer, check_mirror, mirror_to_zarr, open_dataset
+from parallel_dicomseg.store import (
+    Hdf5Writer,
+    Sources,
+    check_mirror,
+    find_leftover,
+    mirror_to_zarr,
+    open_dataset,
+)
+from parallel_dicomseg.update import OpenUpdate, open_update
+
+#: What chunks take of the bytes of their pixels, as a rule (MR and CT; masks shrink far more).
+IMAGE_SHARE = {"deflate": 0.45, "lz4": 0.5, "zstd": 0.45, "none": 1.0}
+MASK_SHARE = {"deflate": 0.02, "lz4": 0.02, "zstd": 0.02, "none": 1.0}
+#: Of the table and the journal, per slice.
+TABLE_BYTES = 400
 
 # --- one task ------------------------------------------------------------------------------------
 
@@ -237,30 +252,60 @@ def convert_cohort(
     if options.fit == "structure":
         centers = structure_centers(cohort, options.contour_origin)
     plan = make_plan(cohort, options, workers, centers)
+    if not options.ignore_space:
+        check_space(plan, output, options)
     slices = plan.cohort.slices
     if options.strict:
         _stop_if_strict(conceal_paths((*cohort.problems, *plan.problems), slices.path, identity))
-    with open_writer(output, plan, identity, options) as writer:
-        for chunk in run(plan, options, workers):
+    with (
+        open_update(output, plan, options) as update,
+        open_writer(output, plan, identity, options, update.sources) as writer,
+    ):
+        for chunk in _chunks(plan, options, workers, update, writer.slices_seen):
             if options.strict:
                 _stop_if_strict(conceal_paths(chunk.problems, slices.path, identity))
             writer.put(chunk)
             if progress:
                 progress(Progress("convert", writer.slices_seen, plan.layout.slices))
+        found = update.told(identity)
         written = writer.publish((*cohort.problems, *plan.problems))
     if options.zarr:
+        replace_mirror = options.overwrite or options.update or options.resume
         with open_dataset(output) as dataset:
-            mirror_to_zarr(dataset, options.zarr, overwrite=options.overwrite, progress=progress)
+            mirror_to_zarr(dataset, options.zarr, overwrite=replace_mirror, progress=progress)
     return replace(
         written,
         seconds=time.perf_counter() - start,
         max_rejected=options.max_rejected,
         notes=plan.notes,
+        resumed=writer.slices_resumed,
+        update=found,
     )
 
 
+def _chunks(
+    plan: Plan, options: ConvertOptions, workers: int, update: OpenUpdate, first: int
+) -> Iterator[EncodedChunk]:
+    """The chunks of a plan from a slice on, in its order: taken over, or encoded."""
+    spans = update.spans(first)
+    encoded = run(plan, options, workers, [(a, b) for a, b, taken_over in spans if not taken_over])
+    with contextlib.closing(encoded):
+        for start, end, taken_over in spans:
+            if taken_over:
+                yield from update.chunks(start, end)
+            at = end if taken_over else start
+            while at < end:
+                chunk = next(encoded)
+                yield chunk
+                at += len(chunk.image_sizes)
+
+
 def open_writer(
-    output: Path, plan: Plan, identity: Policy, options: ConvertOptions | None = None
+    output: Path,
+    plan: Plan,
+    identity: Policy,
+    options: ConvertOptions | None = None,
+    sources: Sources | None = None,
 ) -> Hdf5Writer:
     """The writer that takes the encoded tasks of a plan, which was made with these options."""
     options = options or ConvertOptions()
@@ -270,19 +315,22 @@ def open_writer(
         plan.layout,
         slices,
         headers=plan.cohort.headers,
+        annotations=plan.cohort.annotations,
         grid=plan.grid,
         marks=plan.cohort.marks,
         identity=identity,
         root=plan.cohort.root,
-        provenance=_provenance(plan.cohort, options, _decoders_of(slices)),
-        overwrite=options.overwrite,
+        provenance=_provenance(plan.cohort, options),
+        overwrite=options.overwrite or options.update,
+        plan=plan_fingerprint(plan, options),
+        resume=options.resume,
+        sources=sources,
     )
 
 
-def _provenance(
-    cohort: Cohort, options: ConvertOptions, decoders: dict[str, str]
-) -> dict[str, list[str]]:
+def _provenance(cohort: Cohort, options: ConvertOptions) -> dict[str, list[str]]:
     """What the layout does not say of how a file was made: lists of texts, none of them empty."""
+    decoders = decoders_of(cohort.slices)
     grid = {name: getattr(options, name) for name in ("spacing", "size", "fit", "color")}
     said = {
         "scanned_with": list(cohort.scanned_with),
@@ -298,25 +346,14 @@ def _provenance(
     return {name: texts for name, texts in said.items() if texts}
 
 
-def _decoders_of(slices: SliceTable) -> dict[str, str]:
-    """What decodes each compressed transfer syntax of the images, and its version."""
-    columns = (slices.transfer_syntax_uid, slices.bits_allocated, slices.samples_per_pixel)
-    kinds = sorted(set(zip(*(column.tolist() for column in columns), strict=True)))
-    texts = ((uid.decode("ascii", "replace"), *numbers) for uid, *numbers in kinds)
-    return {
-        uid: decoder.release
-        for uid, bits_allocated, samples in texts
-        if (decoder := decoder_for(uid, bits_allocated, samples)) and decoder.release
-    }
-
-
 def check_output(output: Path, options: ConvertOptions) -> None:
     """Refuse an output that cannot be written, before any work is done.
 
     Raises
     ------
     ConfigurationError
-        The output or the mirror exists and `overwrite` is off, or cannot be made there.
+        The output or the mirror exists, or an unfinished run has left something, and no option
+        says what to do with it; or they cannot be made there.
     """
     if output.is_dir():
         raise ConfigurationError(f"{output} is a directory, the output is one HDF5 file")
@@ -324,13 +361,58 @@ def check_output(output: Path, options: ConvertOptions) -> None:
         raise ConfigurationError(f"{output.parent}: no such directory for the output {output.name}")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise ConfigurationError(f"{output.parent}: no permission to write {output.name} there")
-    if output.exists() and not options.overwrite:
+    left = find_leftover(output)
+    if left and not (options.resume or options.overwrite):
+        raise ConfigurationError(
+            f"{left.data} holds {left.slices_done} of {left.slices} slices of an unfinished run; "
+            f"--resume goes on with it, --overwrite starts anew"
+        )
+    may_exist = options.overwrite or options.update or (options.resume and left)
+    if output.exists() and not may_exist:
         raise ConfigurationError(f"{output} exists; --overwrite replaces it")
     if options.zarr:
         mirror = Path(options.zarr)
         if mirror.absolute() == output.absolute():
             raise ConfigurationError(f"{mirror} cannot be the output and its mirror")
-        check_mirror(mirror, overwrite=options.overwrite)
+        check_mirror(mirror, overwrite=options.overwrite or options.update or options.resume)
+
+
+def is_whole(output: Path, options: ConvertOptions) -> bool:
+    """Whether an output is finished, so that there is nothing to resume or to replace."""
+    replaces = options.overwrite or options.update
+    return output.is_file() and find_leftover(output) is None and not replaces
+
+
+def check_space(plan: Plan, output: Path, options: ConvertOptions) -> None:
+    """Refuse to begin where the disk will not hold the output.
+
+    What images compress to is known only afterwards: refused is what would have to shrink four
+    times as well as images usually do.
+
+    Raises
+    ------
+    ConfigurationError
+        Naming what is needed and what is free.
+    """
+    needed = expected_bytes(plan) * (2 if options.zarr else 1)
+    left = find_leftover(output) if options.resume else None
+    free = shutil.disk_usage(output.parent).free + (left.data.stat().st_size if left else 0)
+    least = needed if plan.layout.codec == "none" else needed // 4
+    if free < least:
+        raise ConfigurationError(
+            f"{output.parent} has {free:,} bytes free, the output will need about {needed:,}; "
+            f"--ignore-space begins all the same"
+        )
+
+
+def expected_bytes(plan: Plan) -> int:
+    """What an output will take, as far as its layout tells."""
+    layout = plan.layout
+    pixels = layout.rows * layout.columns
+    image = pixels * layout.samples * np.dtype(layout.image_dtype).itemsize
+    mask = pixels * np.dtype(layout.mask_dtype).itemsize
+    per_slice = image * IMAGE_SHARE[layout.codec] + mask * MASK_SHARE[layout.codec]
+    return int(layout.slices * (per_slice + TABLE_BYTES))
 
 
 def _stop_if_strict(problems: tuple[Problem, ...]) -> None:
@@ -339,8 +421,12 @@ def _stop_if_strict(problems: tuple[Problem, ...]) -> None:
         raise ConversionError(f"{first.path}: {first.detail} ({first.reason}); stopped by strict")
 
 
-def run(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[EncodedChunk]:
+def run(
+    plan: Plan, options: ConvertOptions, workers: int, spans: Sequence[tuple[int, int]]
+) -> Generator[EncodedChunk, None, None]:
     """The encoded chunks of a plan in its order, with a bounded number of tasks under way.
+
+    `spans` are the slices that are wanted, as for `plan.tasks`.
 
     Raises
     ------
@@ -359,7 +445,7 @@ def run(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[EncodedCh
     pending: deque[Pending] = deque()
     with open_scheduler(job, options.scheduler, workers) as (submit, window):
         try:
-            for task in tasks(plan):
+            for task in tasks(plan, spans):
                 if len(pending) == window:
                     yield pending.popleft().result()
                 pending.append(submit(task))

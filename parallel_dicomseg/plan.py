@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -257,22 +257,31 @@ def _slices_per_task(
     return max(1, min(MAX_SLICES_PER_TASK, most, even, cached))
 
 
-def tasks(plan: Plan) -> Iterator[ChunkTask]:
-    """Make the tasks one by one, in the order of the output."""
-    size = plan.slices_per_task
+def tasks(plan: Plan, spans: Sequence[tuple[int, int]] | None = None) -> Iterator[ChunkTask]:
+    """Make the tasks one by one, in the order of the output.
+
+    Parameters
+    ----------
+    plan
+        Of n slices.
+    spans
+        Which slices: ascending pairs of the first one and the one after the last; None: all.
+    """
+    for start, end in ((0, plan.layout.slices),) if spans is None else spans:
+        for first in range(start, end, plan.slices_per_task):
+            yield _task(plan, first, min(first + plan.slices_per_task, end))
+
+
+def _task(plan: Plan, first: int, end: int) -> ChunkTask:
     annotations = plan.cohort.annotations
-    starts = np.arange(0, plan.layout.slices + size, size)
-    bounds = np.searchsorted(annotations.slice, starts)
-    for k, first in enumerate(starts[:-1].tolist()):
-        rows = slice(first, min(first + size, plan.layout.slices))
-        drawn = slice(int(bounds[k]), int(bounds[k + 1]))
-        yield ChunkTask(
-            first=first,
-            root=plan.cohort.root,
-            layout=plan.layout,
-            slices=slice_refs(plan.cohort.slices, rows, plan.grid),
-            annotations=annotation_refs(annotations, drawn, first),
-        )
+    drawn = slice(*np.searchsorted(annotations.slice, (first, end)).tolist())
+    return ChunkTask(
+        first=first,
+        root=plan.cohort.root,
+        layout=plan.layout,
+        slices=slice_refs(plan.cohort.slices, slice(first, end), plan.grid),
+        annotations=annotation_refs(annotations, drawn, first),
+    )
 
 
 def slice_refs(slices: SliceTable, rows: slice, grid: Float64) -> SliceRefs:

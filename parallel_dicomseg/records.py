@@ -664,6 +664,14 @@ class ConvertOptions:
     """Directory of the zarr mirror, or ''."""
     overwrite: bool = False
     """Replace an existing output."""
+    resume: bool = False
+    """Go on with what an unfinished run has left, if there is any."""
+    update: bool = False
+    """Take over what has not changed since an existing output was made."""
+    compare: str = "time"
+    """What tells that an input file is unchanged: its 'time' and size, or its 'content'."""
+    ignore_space: bool = False
+    """Begin even where the disk will probably not hold the output."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -674,6 +682,21 @@ class Progress:
     """'scan', 'convert', 'verify' or 'mirror'."""
     done: int
     total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Update:
+    """What an update found, in slices."""
+
+    unchanged: int
+    """Taken over as they were encoded."""
+    added: int
+    changed: tuple[str, ...]
+    """Where they come from, relative to the cohort's root; decoded again."""
+    vanished: dict[str, int]
+    """By the patient that the old output names; no longer in the new one."""
+    reason: str = ""
+    """Why nothing could be taken over, or ''."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -697,6 +720,9 @@ class Summary:
     max_rejected: int = 0
     notes: tuple[str, ...] = ()
     """What was done to the images that nobody asked for by name: padded, cropped, resampled."""
+    resumed: int = 0
+    """Slices of the plan that an earlier run had finished."""
+    update: Update | None = None
 
     @property
     def rejected(self) -> int:

@@ -27,6 +27,7 @@ from parallel_dicomseg.records import (
     Reason,
     SliceTable,
     Summary,
+    Update,
 )
 from parallel_dicomseg.report.inspection import LISTED_PROBLEMS, printable
 from parallel_dicomseg.split import PARTS
@@ -282,6 +283,12 @@ def render_summary(summary: Summary) -> str:
         ("patients", str(summary.patients)),
         *_structure_rows(structures),
         *(("images" if k == 0 else "", note) for k, note in enumerate(summary.notes)),
+        *(
+            [("resumed", f"{summary.resumed} slices were finished before")]
+            if summary.resumed
+            else []
+        ),
+        *_update_rows(summary.update),
         ("size", size_text(summary.bytes_written)),
         ("time", f"{summary.seconds:.2f} s{rate}"),
         ("flagged", "" if summary.flagged else "nothing"),
@@ -300,6 +307,31 @@ def _structure_rows(counts: Mapping[str, int]) -> list[tuple[str, str]]:
         return [("structures", _counts(counts))]
     heading = ("structures", f"{len(counts)}, and the slices on which they are drawn")
     return [heading, *((f"  {name}", str(count)) for name, count in counts.items())]
+
+
+def _resumed_rows(slices: int) -> list[tuple[str, str]]:
+    return [("resumed", f"{slices} slices were finished before")] if slices else []
+
+
+def _update_rows(update: Update | None) -> list[tuple[str, str]]:
+    """What an update has found."""
+    if update is None:
+        return []
+    counts = {
+        "unchanged": update.unchanged,
+        "added": update.added,
+        "changed files": len(update.changed),
+        "vanished": sum(update.vanished.values()),
+    }
+    rows = [("update", _counts(counts))]
+    if update.reason:
+        rows.append(("", f"nothing was taken over: {update.reason}"))
+    files = [("changed" if k == 0 else "", path) for k, path in enumerate(update.changed)]
+    if more := len(files) - LISTED_PROBLEMS:
+        files[LISTED_PROBLEMS:] = [("", f"and {more} more, see --json")] if more > 0 else []
+    if update.vanished:
+        files.append(("vanished", _few(update.vanished)))
+    return rows + files
 
 
 def _listed(rejected: Sequence[Problem], output: str) -> list[str]:

@@ -1,8 +1,10 @@
 """The files: HDF5 (written once, by one writer, read by everybody) and its zarr mirror."""
 
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset, open_dataset
+from parallel_dicomseg.store.earlier import Comparison, Earlier, sources_key
 from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION
 from parallel_dicomseg.store.headers import keyword_from_user
+from parallel_dicomseg.store.journal import Sources, differences
 from parallel_dicomseg.store.verify import Verification, verify_file
 from parallel_dicomseg.store.writer import Hdf5Writer, find_leftover
 from parallel_dicomseg.store.zarr import check_mirror, mirror_to_zarr
@@ -11,13 +13,18 @@ __all__ = [
     "FORMAT",
     "FORMAT_VERSION",
     "ChunkedArray",
+    "Comparison",
     "Dataset",
+    "Earlier",
     "Hdf5Writer",
+    "Sources",
     "Verification",
     "check_mirror",
+    "differences",
     "find_leftover",
     "keyword_from_user",
     "mirror_to_zarr",
     "open_dataset",
+    "sources_key",
     "verify_file",
 ]

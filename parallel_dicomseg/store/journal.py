@@ -43,6 +43,17 @@ JOURNAL_VERSION = 1
 Records = NDArray[np.void]
 """One per slice, see `record_type`."""
 
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """What the n slices of a plan are made from, to be compared with a later plan's."""
+
+    digests: NDArray[np.uint64]
+    """(n, 4) of where each slice comes from (2 numbers), and of what it is made from (2)."""
+    key: bytes
+    """Of the digests."""
+
+
 # magic, kind, bytes of the payload, crc32c of the payload, crc32c of all before
 _FRAME = struct.Struct("<4s4sQII")
 _MAGIC = b"PDSJ"

@@ -51,6 +51,7 @@ from parallel_dicomseg.store.journal import (
     Journal,
     Places,
     Records,
+    Sources,
     Task,
     beside,
     chunk_of,
@@ -118,8 +119,7 @@ class Hdf5Writer:
         overwrite: bool = False,
         plan: Mapping[str, Any] | None = None,
         resume: bool = False,
-        sources: NDArray[np.uint64] | None = None,
-        sources_key: bytes = b"",
+        sources: Sources | None = None,
         disk: Disk = SYSTEM,
         on_commit: Callable[[int], object] | None = None,
     ) -> None:
@@ -154,10 +154,7 @@ class Hdf5Writer:
         resume
             Go on with what an earlier run of the same plan has finished, if there is any.
         sources
-            (n, 4) digests of where each slice comes from (2) and what it is made from (2). With
-            them the journal is kept beside the output, for the next update.
-        sources_key
-            The key of these digests.
+            Of the n slices: with them the journal is kept beside the output, for the next update.
         disk
             How to write.
         on_commit
@@ -184,7 +181,7 @@ class Hdf5Writer:
             "structures": len(layout.structures),
             "pairs": len(layout.nested),
             "overwrite": overwrite,
-            "sources_key": sources_key.hex(),
+            "sources_key": sources.key.hex() if sources else "",
         }
         self._journal = beside(output, JOURNAL_SUFFIX)
         self._held = ExitStack()
@@ -290,8 +287,8 @@ class Hdf5Writer:
             )
         records = records_of(chunk, layout_type(self._layout))
         if self._sources is not None:
-            sources = self._sources[chunk.first : chunk.first + len(records)]
-            records["place"], records["content"] = sources[:, :2], sources[:, 2:]
+            digests = self._sources.digests[chunk.first : chunk.first + len(records)]
+            records["place"], records["content"] = digests[:, :2], digests[:, 2:]
         problems = []
         for problem in chunk.problems:
             kept, concerned = self._places.locate(problem, chunk.first, len(records))
