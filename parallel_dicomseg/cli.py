@@ -398,7 +398,7 @@ def convert(
     target = output or _legacy_default(settings, "hdf5_filename", "-o OUT.h5")
     if settings.convert.resume and is_whole(Path(target), settings.convert):
         click.echo(printable(f"{target} is whole, there is nothing to resume"), err=True)
-        _finish_mirror(target, settings.convert)
+        _finish(target, settings.convert)
         return
     check_output(Path(target), settings.convert)
     with watching() as watch:
@@ -414,10 +414,11 @@ def convert(
     click.get_current_context().exit(summary.exit_status)
 
 
-def _finish_mirror(output: str, options: ConvertOptions) -> None:
-    """Make the mirror of a finished file, where a run was ended before that."""
-    from parallel_dicomseg.store import mirror_to_zarr, open_dataset
+def _finish(output: str, options: ConvertOptions) -> None:
+    """Do what is left where a run ended between giving an output its name and its own end."""
+    from parallel_dicomseg.store import mirror_to_zarr, open_dataset, settle
 
+    settle(Path(output))
     if options.zarr and not Path(options.zarr).exists():
         with watching() as watch, _converting(), open_dataset(output) as dataset:
             mirror_to_zarr(dataset, options.zarr, progress=watch)

@@ -6,7 +6,7 @@ from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION
 from parallel_dicomseg.store.headers import keyword_from_user
 from parallel_dicomseg.store.journal import Sources, differences
 from parallel_dicomseg.store.verify import Verification, verify_file
-from parallel_dicomseg.store.writer import Hdf5Writer, find_leftover
+from parallel_dicomseg.store.writer import Hdf5Writer, find_leftover, settle
 from parallel_dicomseg.store.zarr import check_mirror, mirror_to_zarr
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "keyword_from_user",
     "mirror_to_zarr",
     "open_dataset",
+    "settle",
     "sources_key",
     "verify_file",
 ]

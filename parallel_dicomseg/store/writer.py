@@ -410,7 +410,7 @@ class Hdf5Writer:
         )
 
 
-def settle(output: Path, disk: Disk) -> None:
+def settle(output: Path, disk: Disk = SYSTEM) -> None:
     """Put away the journal of an output that was finished, if that is still to be done."""
     journal = read_journal(beside(output, JOURNAL_SUFFIX))
     if journal is None or journal.data.exists():
