@@ -239,7 +239,9 @@ class Unfinished:
         self.journal = journal
 
     def close(self) -> None:
-        """Close everything; what is on the disk stays."""
+        """Close everything; what is on the disk stays. A second call does nothing."""
+        if not self._descriptors:
+            return
         try:
             self._committer.stop()
         finally:

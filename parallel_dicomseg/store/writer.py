@@ -199,6 +199,7 @@ class Hdf5Writer:
     def __enter__(self) -> Self:
         with ExitStack() as held:
             held.enter_context(locked(self._output))
+            held.callback(self._close)
             with _as_resumable(beside(self._output, PARTIAL_SUFFIX)):
                 settle(self._output, self._disk)
                 journal = read_journal(self._journal) if self._resume else None
@@ -209,6 +210,10 @@ class Hdf5Writer:
                     self._unfinished = self._begin(PARTIAL_SUFFIX, self._journal)
             self._held = held.pop_all()
         return self
+
+    def _close(self) -> None:
+        if self._unfinished is not None:
+            self._unfinished.close()
 
     def _begin(self, suffix: str, journal: Path) -> Unfinished:
         data = beside(self._output, suffix)
@@ -256,19 +261,20 @@ class Hdf5Writer:
         self._disk.remove(journal.data)
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        unfinished = self._unfinished
         with self._held:
-            if self._unfinished is None:
+            self._close()
+            if unfinished is None:
                 return
-            self._unfinished.close()
             ends_for_good = isinstance(error, ParallelDicomSegError) and not isinstance(
                 error, ResumableError | VerificationError
             )
             if error is None or ends_for_good or not self.slices_seen:
-                self._unfinished.remove()
+                unfinished.remove()
             else:
                 error.add_note(
                     f"{self.slices_seen} of {self._layout.slices} slices are kept in "
-                    f"{self._unfinished.data}; --resume goes on with them"
+                    f"{unfinished.data}; --resume goes on with them"
                 )
 
     # --- chunks ----------------------------------------------------------------------------------
@@ -353,8 +359,8 @@ class Hdf5Writer:
             if self._output.exists() and not self._overwrite:
                 raise ResumableError(f"{self._output} has appeared meanwhile, it is left alone")
             unfinished.publish(self._output, self._mode())
-            self._unfinished = None
             unfinished.close()
+            self._unfinished = None
             settle(self._output, self._disk)
         return self._summary(contents, records, found)
 
