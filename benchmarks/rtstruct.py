@@ -142,7 +142,7 @@ class Ours(Contestant):
 
         warm_up()
 
-    def masks(self, images: Path, rtstruct: Path) -> Masks:  # noqa: ARG002 both lie in one folder
+    def masks(self, images: Path, rtstruct: Path) -> Masks:
         """See `Contestant`."""
         from parallel_dicomseg import ConvertOptions, ScanOptions, scan_cohort
         from parallel_dicomseg.drawing import draw_masks
@@ -161,7 +161,7 @@ class Ours(Contestant):
             yield name, mask
             del mask
 
-    def file(self, images: Path, rtstruct: Path, output: Path) -> None:  # noqa: ARG002
+    def file(self, images: Path, rtstruct: Path, output: Path) -> None:
         """See `Contestant`."""
         from parallel_dicomseg import ConvertOptions, ScanOptions, convert_cohort, scan_cohort
 
