@@ -43,7 +43,7 @@ class MetadataFile:
 
     def noted(self) -> int:
         """Where the expected chunk lies; -1 where HDF5 wrote none, or more than one like it."""
-        at = self._noted[0] if len(self._noted) == 1 else -1
+        at = self._noted.pop() if len(self._noted) == 1 else -1
         self._noted.clear()
         self._expected = -1
         return at
@@ -69,7 +69,10 @@ class MetadataFile:
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         """Of a file object."""
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        if whence == io.SEEK_SET:
+            base = 0
+        else:
+            base = self.size if whence == io.SEEK_END else self._position
         self._position = base + offset
         return self._position
 
@@ -86,22 +89,25 @@ class MetadataFile:
     def readinto(self, room: memoryview) -> int:
         """Of a file object; what was never written reads as zeros."""
         into = np.frombuffer(room, np.uint8)
-        with self._unbroken():
+        try:
             for number, here, there in self._parts(self._position, len(into)):
                 block = self._blocks.get(number)
                 into[there] = 0 if block is None else block[0][here]
+        except BaseException as error:  # noqa: BLE001  Ctrl-C is not for HDF5, but for `check`
+            self._failure = self._failure or error
         self._position += len(into)
         return len(into)
 
     def write(self, piece: memoryview) -> int:
         """Of a file object."""
-        content = np.frombuffer(piece, np.uint8)
-        at, size = self._position, len(content)
-        with self._unbroken():
-            if size == self._expected and content[:_HEAD].tobytes() == self._head:
+        at, size = self._position, len(piece)
+        try:
+            if size == self._expected and bytes(piece[:_HEAD]) == self._head:
                 self._noted.append(at)
             else:
-                self._keep(at, content)
+                self._keep(at, np.frombuffer(piece, np.uint8))
+        except BaseException as error:  # noqa: BLE001  Ctrl-C is not for HDF5, but for `check`
+            self._failure = self._failure or error
         self._position = at + size
         self.size = max(self.size, self._position)
         return size
@@ -131,11 +137,3 @@ class MetadataFile:
             count = min(_BLOCK - start, size - done)
             yield number, slice(start, start + count), slice(done, done + count)
             done += count
-
-    @contextmanager
-    def _unbroken(self) -> Iterator[None]:
-        """HDF5 must not see Ctrl-C, or too little memory: `check` tells the writer."""
-        try:
-            yield
-        except BaseException as error:  # noqa: BLE001
-            self._failure = self._failure or error

@@ -70,6 +70,7 @@ class Unfinished:
         self._frames_end = 0
         self._content = MetadataFile()
         self._file, self._images, self._masks = create(self._content, layout)
+        self._corner = (0,) * (self._images.rank - 1)
         self._committer = _Committer(disk, self._descriptors, on_commit)
 
     @classmethod
@@ -169,32 +170,32 @@ class Unfinished:
         starts = ends - records["size"]
         flat = chunk.image_bytes, chunk.mask_bytes
         buffers: list[UInt8] = []
+        places = records["offset"]
         bounds = zip(good.tolist(), starts[good].tolist(), ends[good].tolist(), strict=True)
         for row, (index, start, end) in enumerate(bounds, rows):
             # a slice's image and mask lie side by side: one read ahead gets both, and the bytes of
             # the file do not depend on how many slices a task has
             pair = [flat[k][start[k] : end[k]] for k in (0, 1)]
-            records["offset"][index] = self._place(row, *pair)
+            places[index] = self._place(row, *pair)
             buffers += pair
-        for first, end in _runs(records["offset"][good].ravel(), records["size"][good].ravel()):
-            at = int(records["offset"][good].ravel()[first])
-            write_fully(self._disk, self._descriptors[0], buffers[first:end], at)
+        with self._content.check():
+            offsets, sizes = (records[name][good].ravel() for name in ("offset", "size"))
+            if len(offsets) and offsets.min() < 0:
+                raise OSError("HDF5 did not say where a chunk lies")
+        for first, end in _runs(offsets, sizes):
+            piece = buffers[first:end]
+            write_fully(self._disk, self._descriptors[0], piece, int(offsets[first]))
         self._append_frame(task_frame(chunk.first, records, problems))
         self._committer.note(chunk.first + len(records))
 
     def _place(self, row: int, image: UInt8, mask: UInt8) -> tuple[int, int]:
-        """Let HDF5 place the chunks of a row."""
-        corner = (0,) * (self._images.rank - 1)
+        """Let HDF5 place the chunks of a row; -1 where it did not say."""
         self._content.expect(image)
-        self._images.write_direct_chunk((row, *corner), image)
+        self._images.write_direct_chunk((row, *self._corner), image)
         image_at = self._content.noted()
         self._content.expect(mask)
         self._masks.write_direct_chunk((row, 0, 0), mask)
-        places = image_at, self._content.noted()
-        with self._content.check():
-            if min(places) < 0:
-                raise OSError(f"HDF5 did not say where chunk {row} lies")
-        return places
+        return image_at, self._content.noted()
 
     def _append_frame(self, frame: bytes) -> None:
         write_fully(self._disk, self._descriptors[1], [frame], self._frames_end)
