@@ -372,10 +372,10 @@ def test_a_rejected_slice_gives_status_1_and_is_told(cohort: Path) -> None:
     assert not Path("strict.h5").exists()
 
 
-def test_what_the_system_refuses_in_a_run_gives_status_1(
+def test_what_the_system_refuses_in_a_run_gives_status_3(
     cohort: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A disk that fills up while chunks are written leaves a run unfinished: 1, not 2."""
+    """A disk that fills up while chunks are written leaves a run that can be resumed: 3, not 2."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", "out.h5")
@@ -384,7 +384,7 @@ def test_what_the_system_refuses_in_a_run_gives_status_1(
     done = run("convert", cohort, "-o", "out.h5", "--scheduler", "synchronous")
     legacy = run("--data_directory", cohort, command=process_dicom_to_hdf5)
 
-    assert (done.exit_code, legacy.exit_code) == (1, 1)
+    assert (done.exit_code, legacy.exit_code) == (3, 3)
     assert done.stderr.splitlines()[-1] == "error: No space left on device: out.h5"
     assert not Path("out.h5").exists()
 
