@@ -53,6 +53,7 @@ from parallel_dicomseg.store import (
     Hdf5Writer,
     Sources,
     check_mirror,
+    check_unlocked,
     find_leftover,
     mirror_to_zarr,
     open_dataset,
@@ -354,6 +355,8 @@ def check_output(output: Path, options: ConvertOptions) -> None:
     ConfigurationError
         The output or the mirror exists, or an unfinished run has left something, and no option
         says what to do with it; or they cannot be made there.
+    ConversionError
+        Another run is writing the output.
     """
     if output.is_dir():
         raise ConfigurationError(f"{output} is a directory, the output is one HDF5 file")
@@ -361,6 +364,7 @@ def check_output(output: Path, options: ConvertOptions) -> None:
         raise ConfigurationError(f"{output.parent}: no such directory for the output {output.name}")
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise ConfigurationError(f"{output.parent}: no permission to write {output.name} there")
+    check_unlocked(output)
     left = find_leftover(output)
     if left and not (options.resume or options.overwrite):
         raise ConfigurationError(

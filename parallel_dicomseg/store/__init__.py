@@ -5,6 +5,7 @@ from parallel_dicomseg.store.earlier import Comparison, Earlier, sources_key
 from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION
 from parallel_dicomseg.store.headers import keyword_from_user
 from parallel_dicomseg.store.journal import Sources, differences
+from parallel_dicomseg.store.lock import check_unlocked
 from parallel_dicomseg.store.verify import Verification, verify_file
 from parallel_dicomseg.store.writer import Hdf5Writer, find_leftover, settle
 from parallel_dicomseg.store.zarr import check_mirror, mirror_to_zarr
@@ -20,6 +21,7 @@ __all__ = [
     "Sources",
     "Verification",
     "check_mirror",
+    "check_unlocked",
     "differences",
     "find_leftover",
     "keyword_from_user",

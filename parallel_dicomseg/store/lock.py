@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel_dicomseg.errors import ConversionError
+from parallel_dicomseg.store.journal import beside
 
 LOCK_SUFFIX = ".lock"
 
@@ -27,7 +28,7 @@ def locked(output: Path) -> Iterator[None]:
         return
     import fcntl
 
-    path = output.with_name(output.name + LOCK_SUFFIX)
+    path = beside(output, LOCK_SUFFIX)
     descriptor = _open(path)
     try:
         try:
@@ -45,6 +46,19 @@ def locked(output: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
     finally:
         os.close(descriptor)
+
+
+def check_unlocked(output: Path) -> None:
+    """Refuse an output that another run is writing at this moment.
+
+    Raises
+    ------
+    ConversionError
+        Another process holds its lock.
+    """
+    if beside(output, LOCK_SUFFIX).exists():  # else nobody does, and no lock need be made
+        with locked(output):
+            pass
 
 
 def _open(path: Path) -> int:
