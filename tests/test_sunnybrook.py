@@ -579,8 +579,8 @@ def test_folders_and_rows_that_lack_a_partner_are_reported(tmp_path: Path) -> No
         "contourfiles/SC-3": {"images-without-annotation"},
         "dicoms/P4": {"annotation-without-images"},
         "contourfiles/SC-4": {"images-without-annotation"},
-        "dicoms/P9": {"unlinked-folder"},
-        "contourfiles/SC-9": {"unlinked-folder"},
+        "dicoms/P9": {"stray-file"},
+        "contourfiles/SC-9": {"stray-file"},
     }
 
 
@@ -600,8 +600,8 @@ def test_names_that_fit_two_folders_fit_none(tmp_path: Path) -> None:
 
     assert reasons(sunnybrook.list_files(root, ScanOptions()).problems) == {
         "contourfiles/SC-001": {"images-without-annotation"},
-        "contourfiles/SC-1": {"unlinked-folder"},
-        "contourfiles/SC-01": {"unlinked-folder"},
+        "contourfiles/SC-1": {"stray-file"},
+        "contourfiles/SC-01": {"stray-file"},
     }
 
 
@@ -620,7 +620,7 @@ def test_padded_folder_names_are_found(tmp_path: Path) -> None:
     found, _, listing = pair(root, in_folder({"1.dcm": 1}))
 
     assert found == {contour(1, original_id="SC-HF-I-01"): "dicoms/P1/1.dcm"}
-    assert reasons(listing.problems) == {"contourfiles/SC-HF-I-10": {"unlinked-folder"}}
+    assert reasons(listing.problems) == {"contourfiles/SC-HF-I-10": {"stray-file"}}
 
 
 @pytest.mark.parametrize(
@@ -776,7 +776,7 @@ def test_folders_with_other_names_are_linked_by_a_table(tmp_path: Path, name: st
     )
 
     assert reasons(before.problems) == {
-        folder: {"unlinked-folder"},
+        folder: {"images-without-annotation"},
         "SCD_ManualContours/SC-HF-I-01": {"annotation-without-images"},
     }
     assert before.image_paths == []
