@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.private import open_private
 from parallel_dicomseg.records import (
     Bytes,
     ConvertOptions,
@@ -190,7 +191,7 @@ def read_or_make_key(path: str | Path, *, apart_from: Iterable[Path] = ()) -> by
 
 def _make_key(path: Path) -> bytes:
     key = secrets.token_bytes(KEY_BYTES)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(f"{_KEY_COMMENT}\n{key.hex()}\n")
     return key

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from parallel_dicomseg.codec import checksums_of_file, filters
 from parallel_dicomseg.deidentify import Policy, conceal_paths
 from parallel_dicomseg.errors import ConversionError, VerificationError
+from parallel_dicomseg.private import open_private
 from parallel_dicomseg.records import (
     FLAGS,
     WHOLE_IMAGE,
@@ -415,6 +416,7 @@ def _create(path: Path) -> h5py.File:
     access.set_fclose_degree(h5py.h5f.CLOSE_STRONG)
     access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
     create = _timeless(h5py.h5p.FILE_CREATE)
+    os.close(open_private(path, os.O_WRONLY | os.O_CREAT))  # HDF5 would ask the umask
     return h5py.File(h5py.h5f.create(os.fsencode(path), h5py.h5f.ACC_TRUNC, create, access))
 
 
