@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.deidentify import cleaned
 from parallel_dicomseg.dicom.headers import (
     Scanned,
     concatenate_headers,
@@ -536,7 +537,7 @@ def _quarantined(images: _Images, left_out: NDArray[np.bool_]) -> Iterator[Probl
 
 def _lonely(table: SliceTable, rows: Sequence[int]) -> Problem:
     first = rows[0]
-    modality = os.fsdecode(table.modality[first])
+    modality = cleaned(bytes(table.modality[first]), "CS").decode()
     detail = (
         f"{len(rows)} {modality} image(s) of {table.rows[first]} x {table.columns[first]} in the "
         "series, none of them with an annotation that is asked for"
