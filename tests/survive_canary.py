@@ -584,10 +584,10 @@ def search(folder: Path, canaries: Canaries) -> Counter[str]:
     hits: Counter[str] = Counter()
     for path in sorted([*folder.glob("logs/*"), *folder.glob("out/**/*")]):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or "kept" in name:
+        if not path.is_file() or name == "out/kept.h5":
             continue
         forbidden = every
-        if "listing" in name or name.startswith("out/open."):
+        if "listing" in name or "kept" in name or name.startswith("out/open."):
             forbidden = tags
         elif name == "out/shifted.h5":
             forbidden = undated
