@@ -84,7 +84,7 @@ _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INTEGER = re.compile(rb"[+-]?\d+")
 # PS3.5 table 6.2-1, of one value.
 _CODE_STRING = re.compile(rb"[A-Z0-9_ ]{0,16}")
-_STANDARD_UID = re.compile(r"1\.2\.840\.10008[0-9.]+")
+_CLASS_UID = re.compile(r"1\.2\.840\.10008\.[0-9.]+|[0-9.]{0,24}")
 _FORM = {
     "CS": _CODE_STRING,
     **dict.fromkeys(("DS", "FL", "FD"), _NUMBER),
@@ -348,11 +348,12 @@ def cleaned(text: bytes, vr: str) -> bytes:
     return b"\\".join(parts) if all(not p or form.fullmatch(p) for p in parts) else b""
 
 
-def standard_uid(uid: str) -> str:
-    """A UID as messages may show it: itself where the standard registers it (PS3.6 A), 'private'
-    for whatever else stands in its place.
+def class_uid(uid: str) -> str:
+    """The UID of a SOP class or transfer syntax as messages may show it: 'private' where it is
+    neither registered by the standard (PS3.6 A) nor as short as makers' classes are and UIDs of
+    somebody's images are not.
     """
-    return uid if _STANDARD_UID.fullmatch(uid) else "private"
+    return uid if _CLASS_UID.fullmatch(uid) else "private"
 
 
 def _shifted(column: HeaderColumn, patient_id: Bytes, key: bytes) -> HeaderColumn:

@@ -17,7 +17,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.deidentify import cleaned, standard_uid
+from parallel_dicomseg.deidentify import class_uid, cleaned
 from parallel_dicomseg.dicom.decoders import DECODERS, missing_decoders
 from parallel_dicomseg.geometry import normal_of
 from parallel_dicomseg.records import (
@@ -156,7 +156,7 @@ def _distance_text(distance: float | None) -> str:
 
 
 def _syntax_name(uid: str) -> str:
-    return DECODERS[uid].name if uid in DECODERS else standard_uid(uid)
+    return DECODERS[uid].name if uid in DECODERS else class_uid(uid)
 
 
 def undecodable(slices: SliceTable) -> dict[str, str]:
