@@ -28,7 +28,7 @@ def open_private(path: str | Path, flags: int) -> int:
     OSError
         See `os.open`.
     """
-    extra = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_NOFOLLOW", 0)
+    extra = sum(getattr(os, name, 0) for name in ("O_BINARY", "O_CLOEXEC", "O_NOFOLLOW"))
     descriptor = os.open(path, flags | extra, FILE_MODE)
     if hasattr(os, "fchmod"):
         # a drive without modes cannot be told, and one that was made here has them already

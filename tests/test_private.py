@@ -16,6 +16,7 @@ from parallel_dicomseg.export.nnunet import export_nnunet
 from parallel_dicomseg.phantoms import make_rtstruct_series
 from parallel_dicomseg.private import make_private, open_private
 from parallel_dicomseg.records import ConvertOptions, Progress
+from parallel_dicomseg.report.figures import contact_sheet
 from parallel_dicomseg.saved import save_scan
 from parallel_dicomseg.store import open_dataset
 
@@ -65,11 +66,15 @@ def test_everything_that_is_written_is_private(tmp_path: Path, keep_identity: bo
     with open_dataset(out / "x.h5") as dataset:
         export_nifti(dataset, out / "nifti")
         export_nnunet(dataset, out, dataset_id=7, name="Heart")
+        contact_sheet(dataset.images[0][None], dataset.masks[0][None], ["disc", "ring"], ["a"],
+                      out / "sheet.png")  # fmt: skip
 
     assert {"x.h5.partial", "x.h5.lock"} <= names
     assert seen == {}
     assert exposed(out) == {}
-    assert {"x.h5", "x.zarr", "saved", "nifti", "Dataset007_Heart"} <= set(os.listdir(out))
+    assert {"x.h5", "x.zarr", "saved", "nifti", "Dataset007_Heart", "sheet.png"} <= set(
+        os.listdir(out)
+    )
 
 
 def test_a_replaced_output_is_private_again(tmp_path: Path) -> None:
