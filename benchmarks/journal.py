@@ -138,7 +138,7 @@ class Plain:
         write(self._file)
         self._file.close()
 
-    def publish(self, output: Path, mode: int) -> None:
+    def publish(self, output: Path) -> None:
         """Sync and rename."""
         with self.data.open("r+b") as stream:
             os.fsync(stream.fileno())

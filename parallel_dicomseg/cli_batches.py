@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.config import LEGACY_CONFIG_FILE, LegacyConfig, read_legacy_config
 from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.private import FOLDER_MODE
 from parallel_dicomseg.report.inspection import printable
 from parallel_dicomseg.terminal import print_json
 
@@ -283,7 +284,7 @@ def _save_figures(
     """Save numbered figures of random samples: as stored, augmented, and with the mask over it."""
     from parallel_dicomseg.report.figures import contact_sheet
 
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    Path(folder).mkdir(FOLDER_MODE, parents=True, exist_ok=True)
     saved = []
     for plain, changed, structures in _random_samples(file, count, seed, augment):
         path = _next_free(Path(folder), "random_image_{}.png")

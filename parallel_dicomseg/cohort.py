@@ -13,7 +13,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.dicom.headers import Scanned, concatenate_headers, scan_headers
+from parallel_dicomseg.deidentify import cleaned
+from parallel_dicomseg.dicom.headers import (
+    Scanned,
+    concatenate_headers,
+    is_secondary_capture,
+    scan_headers,
+)
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.records import (
     Annotation,
@@ -109,6 +115,8 @@ class _Images:
     """(n,) to be left out unless somebody drew on it."""
     numbered: NDArray[np.bool_]
     """(n,) whether it is of one of the listings."""
+    burned_in: NDArray[np.bool_]
+    """(n,) whether its pixels may name somebody."""
 
 
 def scan_cohort(
@@ -155,13 +163,15 @@ def scan_cohort(
     drawn = _find_annotations(root, scanned, files, images, options)
     annotations = (*numbered.annotations, *drawn.annotations)
     selected = _select(annotations, len(images.table), aliases, options)
-    keep = _kept(selected, images, options)
+    wanted = _kept(selected, images, options)
+    keep = wanted if options.allow_burned_in else wanted & ~images.burned_in
     problems = {
         *_about_asked((*files.problems, *numbered.problems, *drawn.problems), aliases, options),
         *scanned.problems,
         *_about_kept(hygiene, copies, images.table, keep),
         *selected.problems,
-        *_without_annotation(images, keep),
+        *_without_annotation(images, wanted),
+        *_quarantined(images, wanted & ~keep),
     }
     problems |= set(_unchosen_files(drawn, selected, problems))
     if not keep.any():
@@ -289,10 +299,23 @@ def _in_order(scanned: Scanned, files: _Files) -> tuple[_Images, SliceTable, tup
         own_patient_id=own[index],
         localizer=ordered.localizer,
         numbered=numbered[index],
+        burned_in=_may_name_somebody(scanned)[index],
     )
     left_out = np.ones(len(table), np.bool_)
     left_out[index] = False
     return images, table.take(left_out), ordered.problems
+
+
+def _may_name_somebody(scanned: Scanned) -> NDArray[np.bool_]:
+    """(n,) whether an image has names in its pixels by its own word, or may have by its kind.
+
+    Secondary captures count whatever they say of themselves: it is the program that took the
+    picture of a screen who says it.
+    """
+    burned_in = is_secondary_capture(scanned.slices.sop_class_uid)
+    if column := scanned.headers.get("BurnedInAnnotation"):
+        burned_in |= np.char.startswith(np.char.upper(column.values), b"YES")[column.code]
+    return burned_in
 
 
 def _is_in(paths: Bytes, wanted: Collection[str]) -> NDArray[np.bool_]:
@@ -497,9 +520,24 @@ def _without_annotation(images: _Images, keep: NDArray[np.bool_]) -> list[Proble
     return [_lonely(table, rows) for key, rows in series.items() if key not in kept]
 
 
+def _quarantined(images: _Images, left_out: NDArray[np.bool_]) -> Iterator[Problem]:
+    """One line for each file that would be converted but for what may be in its pixels."""
+    table = images.table
+    captured = is_secondary_capture(table.sop_class_uid)
+    of_path = {bytes(table.path[row]): row for row in np.flatnonzero(left_out).tolist()}
+    for path, row in of_path.items():
+        why = (
+            "a secondary capture (0008,0016)"
+            if captured[row]
+            else "(0028,0301) Burned In Annotation is YES"
+        )
+        detail = f"{why}: its pixels may name the patient; --allow-burned-in takes it"
+        yield Problem(os.fsdecode(path), Reason.BURNED_IN_ANNOTATION, detail)
+
+
 def _lonely(table: SliceTable, rows: Sequence[int]) -> Problem:
     first = rows[0]
-    modality = os.fsdecode(table.modality[first])
+    modality = cleaned(bytes(table.modality[first]), "CS").decode()
     detail = (
         f"{len(rows)} {modality} image(s) of {table.rows[first]} x {table.columns[first]} in the "
         "series, none of them with an annotation that is asked for"
@@ -522,7 +560,8 @@ def _only(
         annotated=selected.annotated[keep],
     )
     place = np.cumsum(keep) - 1
-    return slices, replace(selected.table, slice=place[selected.table.slice])
+    drawn = selected.table.take(keep[selected.table.slice])
+    return slices, replace(drawn, slice=place[drawn.slice])
 
 
 def _nested(table: AnnotationTable) -> tuple[tuple[int, int], ...]:

@@ -41,6 +41,8 @@ _HELP = {
     "scan.include_unannotated": "Also take images without any annotation, with empty masks.",
     "scan.link_file_name": "Table that links image folders to outline folders.",
     "scan.contours_sub_dir": "Only this folder of outlines under each patient.",
+    "scan.allow_burned_in": "Also take images that may have names in their pixels: those with"
+    " BurnedInAnnotation YES, and secondary captures.",
     "scan.aliases": "TOML file: [structures] heart = ['Heart', 'coeur', '/hrt.*/'].",
     "scan.case_sensitive": "Whether 'Heart' and 'heart' are two structures.",
     "scan.several": "Where several names in one file match one structure.",

@@ -26,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.private import open_private
 from parallel_dicomseg.records import (
     Bytes,
     ConvertOptions,
@@ -83,6 +84,7 @@ _NUMBER = re.compile(rb"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _INTEGER = re.compile(rb"[+-]?\d+")
 # PS3.5 table 6.2-1, of one value.
 _CODE_STRING = re.compile(rb"[A-Z0-9_ ]{0,16}")
+_CLASS_UID = re.compile(r"1\.2\.840\.10008\.[0-9.]+|[0-9.]{0,24}")
 _FORM = {
     "CS": _CODE_STRING,
     **dict.fromkeys(("DS", "FL", "FD"), _NUMBER),
@@ -190,7 +192,7 @@ def read_or_make_key(path: str | Path, *, apart_from: Iterable[Path] = ()) -> by
 
 def _make_key(path: Path) -> bytes:
     key = secrets.token_bytes(KEY_BYTES)
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     with os.fdopen(descriptor, "w", encoding="ascii") as file:
         file.write(f"{_KEY_COMMENT}\n{key.hex()}\n")
     return key
@@ -344,6 +346,14 @@ def cleaned(text: bytes, vr: str) -> bytes:
         return b""
     parts = [part.strip() for part in text.split(b"\\")]
     return b"\\".join(parts) if all(not p or form.fullmatch(p) for p in parts) else b""
+
+
+def class_uid(uid: str) -> str:
+    """The UID of a SOP class or transfer syntax as messages may show it: 'private' where it is
+    neither registered by the standard (PS3.6 A) nor as short as makers' classes are and UIDs of
+    somebody's images are not.
+    """
+    return uid if _CLASS_UID.fullmatch(uid) else "private"
 
 
 def _shifted(column: HeaderColumn, patient_id: Bytes, key: bytes) -> HeaderColumn:

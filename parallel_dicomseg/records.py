@@ -39,7 +39,6 @@ class Reason(StrEnum):
     IMAGE_REJECTED = "image-rejected"
     ANNOTATION_WITHOUT_IMAGES = "annotation-without-images"
     IMAGES_WITHOUT_ANNOTATION = "images-without-annotation"
-    UNLINKED_FOLDER = "unlinked-folder"
     OUTSIDE_DATA_DIRECTORY = "outside-data-directory"
     STRAY_FILE = "stray-file"
     ALTERNATIVE_SERIES = "alternative-series"
@@ -48,6 +47,12 @@ class Reason(StrEnum):
     SERIES_IRREGULAR = "series-irregular"
     NO_AREA = "no-area"
     PARTIAL_OVERLAP = "partial-overlap"
+    BURNED_IN_ANNOTATION = "burned-in-annotation"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Reason | None:
+        # files that were made when this was a reason of its own
+        return cls.STRAY_FILE if value == "unlinked-folder" else None
 
 
 #: Reasons that are worth a line but cost nothing: they never change the exit status.
@@ -58,7 +63,6 @@ HARMLESS_REASONS = frozenset(
         Reason.REPEATED,
         Reason.IMAGE_REJECTED,
         Reason.IMAGES_WITHOUT_ANNOTATION,
-        Reason.UNLINKED_FOLDER,
         Reason.NOT_AN_IMAGE,
         Reason.LOCALIZER,
         Reason.SERIES_IRREGULAR,
@@ -594,6 +598,9 @@ class ScanOptions:
     link_file_name: str = "link.csv"
     contours_sub_dir: str = ""
     """Only this folder of outlines under each patient (the original script's setting), or ''."""
+    allow_burned_in: bool = False
+    """Also take images that may have names in their pixels: those that say so, and secondary
+    captures."""
     workers: int = 0
     """Threads that read headers; 0: one per core."""
     aliases: str = ""

@@ -40,6 +40,7 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.geometry import normal_of
+from parallel_dicomseg.private import open_private
 from parallel_dicomseg.records import (
     AnnotationTable,
     Bytes,
@@ -364,7 +365,7 @@ def _write_text(path: Path, parts: Iterable[str]) -> None:
 
 def _private(path: Path) -> Any:
     """A new text file that only its owner may read."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
     return open(descriptor, "w", encoding="utf-8", errors="surrogateescape", newline="")  # noqa: PTH123
 
 

@@ -13,6 +13,7 @@ import re
 import signal
 import socket
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import (
@@ -23,14 +24,18 @@ from concurrent.futures import (
     ThreadPoolExecutor,
 )
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Protocol
 
-from parallel_dicomseg.errors import ConfigurationError, ConversionError
+from parallel_dicomseg.errors import (
+    ConfigurationError,
+    ConversionError,
+    ParallelDicomSegError,
+)
 from parallel_dicomseg.records import ChunkTask, EncodedChunk
 
 LOCAL_SCHEDULERS = ("synchronous", "threads", "processes")
@@ -107,6 +112,44 @@ def open_scheduler(job: Job, scheduler: str, workers: int) -> Iterator[tuple[Sub
         yield from _submit_to_cluster(job, scheduler, workers)
 
 
+@dataclass(frozen=True, slots=True)
+class _Sealed:
+    """A task and what to do with it, of which neither a log nor an exception shows anything.
+
+    Workers log what failed with its arguments, and libraries quote headers and paths in the texts
+    of their exceptions.
+    """
+
+    function: Callable[[ChunkTask], EncodedChunk] = field(repr=False)
+    task: ChunkTask = field(repr=False)
+
+    def __call__(self) -> EncodedChunk:
+        """Do the task.
+
+        Raises
+        ------
+        ConversionError
+            Something that it should have told as a problem: only its kind and place are known.
+        """
+        try:
+            return self.function(self.task)
+        except (ParallelDicomSegError, MemoryError):
+            raise
+        except Exception as error:  # noqa: BLE001 whatever it is, its text and arguments stay here
+            failure = f"{type(error).__name__} {_place(error)}"
+        # outside the handler, so that the exception is not this one's context
+        raise ConversionError(
+            f"the slices from number {self.task.first} of the plan on could not be converted: "
+            f"{failure}; this is a defect of the program, not of the data"
+        )
+
+
+def _place(error: BaseException) -> str:
+    """Where in the code an exception was raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return f"at {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+
+
 def _delayed(job: Job, task: ChunkTask, run: str) -> Any:
     """The task as a graph of one node whose key says nothing but its place in the plan.
 
@@ -116,7 +159,7 @@ def _delayed(job: Job, task: ChunkTask, run: str) -> Any:
     import dask
 
     key = f"encode_chunk-{run}-{task.first}"
-    bound = dask.delayed(partial(job.function, task), name=f"{key}-function", traverse=False)
+    bound = dask.delayed(_Sealed(job.function, task), name=f"{key}-function", traverse=False)
     return bound(dask_key_name=key)
 
 

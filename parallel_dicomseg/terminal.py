@@ -17,6 +17,7 @@ import click
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.deidentify import class_uid, cleaned
 from parallel_dicomseg.dicom.decoders import DECODERS, missing_decoders
 from parallel_dicomseg.geometry import normal_of
 from parallel_dicomseg.records import (
@@ -106,7 +107,7 @@ def take_inventory(cohort: Cohort) -> Inventory:
         series=_different(slices.series_instance_uid),
         volumes=_different(slices.volume),
         images=len(slices),
-        modalities=_most_common(_texts(slices.modality)),
+        modalities=_most_common(_codes(slices.modality)),
         sizes=_most_common(map("{} x {}".format, slices.rows, slices.columns)),
         pixel_spacings=_most_common(map(_spacing_text, slices.pixel_spacing.tolist())),
         slice_distances=_most_common(map(_distance_text, _slice_distances(slices))),
@@ -130,6 +131,13 @@ def _texts(column: Bytes) -> list[str]:
     return [os.fsdecode(value) for value in column.tolist()]
 
 
+def _codes(column: Bytes) -> list[str]:
+    """Code strings; '' for what somebody typed in their place."""
+    values, code = np.unique(column, return_inverse=True)
+    texts = [cleaned(value, "CS").decode() for value in values.tolist()]
+    return [texts[k] for k in code.tolist()]
+
+
 def _different(column: NDArray[Any]) -> int:
     return len(np.unique(column))
 
@@ -149,7 +157,7 @@ def _distance_text(distance: float | None) -> str:
 
 
 def _syntax_name(uid: str) -> str:
-    return DECODERS[uid].name if uid in DECODERS else uid
+    return DECODERS[uid].name if uid in DECODERS else class_uid(uid)
 
 
 def undecodable(slices: SliceTable) -> dict[str, str]:

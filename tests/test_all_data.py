@@ -30,6 +30,8 @@ IDENTIFYING_KEYWORDS = (
     "StationName",
     "DeviceSerialNumber",
 )
+# Many of the files that show what encodings there are are secondary captures.
+EVERYTHING = ScanOptions(include_unannotated=True, allow_burned_in=True)
 # Registered by the standard: they say what something is, not whose it is.
 STANDARD_UIDS = "1.2.840.10008."
 
@@ -38,7 +40,8 @@ STANDARD_UIDS = "1.2.840.10008."
 def run(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     """The output of one run over everything, and what it printed."""
     output = tmp_path_factory.mktemp("all") / "all.h5"
-    options = ["--include-unannotated", "--size", "256", "256", "--hash-paths"]
+    options = ["--include-unannotated", "--allow-burned-in", "--size", "256", "256"]
+    options += ["--hash-paths"]
     result = CliRunner().invoke(main, ["convert", str(shared_data), "-o", str(output), *options])
     return output, result
 
@@ -52,7 +55,7 @@ def test_everything_in_one_tree_converts(run: tuple[Path, Result]) -> None:
 
 def test_no_file_is_lost(shared_data: Path) -> None:
     """Each is an image, an annotation, or in the list with a reason."""
-    cohort = scan_cohort(shared_data, options=ScanOptions(include_unannotated=True))
+    cohort = scan_cohort(shared_data, options=EVERYTHING)
     used = {os.fsdecode(path) for path in cohort.slices.path.tolist()}
     drawn = {os.fsdecode(path) for path in cohort.annotations.path.tolist()}
     listed = {problem.path for problem in cohort.problems}
@@ -70,7 +73,7 @@ def test_images_that_pydicom_reads_are_in_the_file(
     run: tuple[Path, Result], shared_data: Path
 ) -> None:
     """What is rejected is what pydicom does not decode either, or a second copy."""
-    cohort = scan_cohort(shared_data, options=ScanOptions(include_unannotated=True))
+    cohort = scan_cohort(shared_data, options=EVERYTHING)
     scanned = len(cohort.slices)
     with open_dataset(run[0]) as dataset:
         converted = len(dataset)
@@ -89,7 +92,7 @@ def test_images_that_pydicom_reads_are_in_the_file(
 def test_copies_that_are_called_repeated_show_the_same_image(shared_data: Path) -> None:
     """What is harmless loses nothing: pydicom decodes copy and kept image to equal pixels."""
     root = shared_data / "transfer_syntax"
-    cohort = scan_cohort(root, options=ScanOptions(include_unannotated=True))
+    cohort = scan_cohort(root, options=EVERYTHING)
     uids, paths = cohort.slices.sop_instance_uid.tolist(), cohort.slices.path.tolist()
     kept = dict(zip(uids, paths, strict=True))
     compared = 0

@@ -25,6 +25,7 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 
 from parallel_dicomseg.deidentify import (
     Policy,
+    class_uid,
     cleaned,
     conceal_paths,
     hashed_path,
@@ -550,3 +551,14 @@ def test_a_file_that_is_no_image_any_more_is_an_error(tmp_path):
         full_header(str(tmp_path / "deflated.dcm"))
     with pytest.raises(OSError, match="No such file"):
         full_header(str(tmp_path / "gone.dcm"))
+
+
+def test_classes_are_shown_and_instances_are_not():
+    """What the standard registers, and makers' own, which are short; nothing that may be of one
+    image, and no words.
+    """
+    shown = ("1.2.840.10008.5.1.4.1.1.66.4", "1.2.840.113619.5.2", "1.2.3.4", "")
+    hidden = ("2.25.123456789012345678901234567890", "DOE^JOHN", "1.2.840.10008.DOE")
+
+    assert [class_uid(uid) for uid in shown] == [*shown]
+    assert {class_uid(uid) for uid in hidden} == {"private"}

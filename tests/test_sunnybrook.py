@@ -539,12 +539,12 @@ def test_link_tables_of_all_kinds_are_read(tmp_path: Path, content: bytes) -> No
     [
         (b"", "the table is empty; it needs the columns patient_id,original_id"),
         (b"patient_id,original_id\n", "has a header but no rows"),
-        (b"patient,original\na,b\n", "needs one column patient_id; its columns are 'patient', 'or"),
-        (b"patient_id;original_id\na;b\n", "its columns are 'patient_id;original_id'"),
+        (b"patient,original\na,b\n", "needs one column patient_id; its first row has 2 column"),
+        (b"patient_id;original_id\na;b\n", "its first row has 1 column"),
         (b"patient_id,x,original_id,PatientID\na,b,c,d\n", "needs one column patient_id"),
         (b"\xff\xfe\x00\x01", "not text in UTF-8 .byte 0."),
         (b"\x89PNG\r\n\x1a\n\x00\x00", "not text in UTF-8"),
-        (b"\x00\x01\x02\x03", r"needs one column patient_id; its columns are '\\x00\\x01"),
+        (b"\x00\x01\x02\x03", "needs one column patient_id; its first row has 1 "),
         (b"patient_id,original_id\nP1,A\nP2,B\nP1,C\n", "lines 2 and 4 have the same patient_id"),
         (b"patient_id,original_id\nP1,A-1\nP2,A-01\n", "lines 2 and 3 have the same original_id"),
     ],
@@ -579,8 +579,8 @@ def test_folders_and_rows_that_lack_a_partner_are_reported(tmp_path: Path) -> No
         "contourfiles/SC-3": {"images-without-annotation"},
         "dicoms/P4": {"annotation-without-images"},
         "contourfiles/SC-4": {"images-without-annotation"},
-        "dicoms/P9": {"unlinked-folder"},
-        "contourfiles/SC-9": {"unlinked-folder"},
+        "dicoms/P9": {"stray-file"},
+        "contourfiles/SC-9": {"stray-file"},
     }
 
 
@@ -600,8 +600,8 @@ def test_names_that_fit_two_folders_fit_none(tmp_path: Path) -> None:
 
     assert reasons(sunnybrook.list_files(root, ScanOptions()).problems) == {
         "contourfiles/SC-001": {"images-without-annotation"},
-        "contourfiles/SC-1": {"unlinked-folder"},
-        "contourfiles/SC-01": {"unlinked-folder"},
+        "contourfiles/SC-1": {"stray-file"},
+        "contourfiles/SC-01": {"stray-file"},
     }
 
 
@@ -620,7 +620,7 @@ def test_padded_folder_names_are_found(tmp_path: Path) -> None:
     found, _, listing = pair(root, in_folder({"1.dcm": 1}))
 
     assert found == {contour(1, original_id="SC-HF-I-01"): "dicoms/P1/1.dcm"}
-    assert reasons(listing.problems) == {"contourfiles/SC-HF-I-10": {"unlinked-folder"}}
+    assert reasons(listing.problems) == {"contourfiles/SC-HF-I-10": {"stray-file"}}
 
 
 @pytest.mark.parametrize(
@@ -776,7 +776,7 @@ def test_folders_with_other_names_are_linked_by_a_table(tmp_path: Path, name: st
     )
 
     assert reasons(before.problems) == {
-        folder: {"unlinked-folder"},
+        folder: {"images-without-annotation"},
         "SCD_ManualContours/SC-HF-I-01": {"annotation-without-images"},
     }
     assert before.image_paths == []

@@ -52,6 +52,7 @@ from parallel_dicomseg.dicom.slow_headers import (
 from parallel_dicomseg.dicom.walk import PIXELS, UNKNOWN, Walked, walk_files, walk_groups
 from parallel_dicomseg.posix import AVAILABLE
 from parallel_dicomseg.records import (
+    Bytes,
     Float64,
     HeaderColumn,
     Headers,
@@ -68,6 +69,9 @@ NOT_IMAGES = (
     b"1.2.840.10008.5.1.4.1.1.66.7",
     b"1.2.840.10008.5.1.4.1.1.481.2",
 )
+
+#: Secondary Capture Image Storage; its multi-frame relatives are numbered below it (PS3.4 B.5).
+SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7"
 
 _FILES_AT_ONCE = 4096
 _ROWS_AT_ONCE = 16384
@@ -312,6 +316,13 @@ def is_image_class(sop_class_uid: bytes) -> bool:
 
     uid = UID(sop_class_uid.decode("ascii", "replace"), config.IGNORE)
     return "Image Storage" in uid.name
+
+
+def is_secondary_capture(sop_class_uid: Bytes) -> NDArray[np.bool_]:
+    """(n,) whether images are pictures of screens, scanned films and the like (PS3.3 A.8)."""
+    below = np.char.startswith(sop_class_uid, SECONDARY_CAPTURE + b".")
+    captured: NDArray[np.bool_] = (sop_class_uid == SECONDARY_CAPTURE) | below
+    return captured
 
 
 def read_groups(root: str, path: str, walked: Walked, i: int) -> FileHeader | Problem | None:

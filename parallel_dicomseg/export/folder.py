@@ -14,6 +14,7 @@ from typing import Any
 
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.export.volumes import Note
+from parallel_dicomseg.private import make_private
 
 #: The report lies in every exported folder, and tells that a folder is one.
 REPORT = "export.json"
@@ -100,6 +101,7 @@ def new_folder(target: Path, *, overwrite: bool) -> Iterator[Path]:
             partial = Path(scratch, "new")
             partial.mkdir()
             yield partial
+            make_private(partial)
             if target.exists():
                 target.rename(Path(scratch, "old"))
             partial.rename(target)

@@ -6,6 +6,7 @@ Only matplotlib's objects are used, never pyplot: no state is shared with the ca
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.private import open_private
 
 #: Okabe and Ito's palette, distinct under every common colour blindness; black would not show.
 PALETTE = ("#56b4e9", "#e69f00", "#cc79a7", "#009e73", "#f0e442", "#d55e00", "#0072b2")
@@ -347,9 +349,11 @@ class _Sheet:
     def save(self, path: str | Path) -> None:
         """Write the PNG; without the version of matplotlib, which would change its bytes."""
         self._canvas_class(self._figure)
-        self._figure.savefig(
-            path, format="png", dpi=DPI, facecolor=BACKGROUND, metadata={"Software": None}
-        )
+        descriptor = open_private(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        with os.fdopen(descriptor, "wb") as file:
+            self._figure.savefig(
+                file, format="png", dpi=DPI, facecolor=BACKGROUND, metadata={"Software": None}
+            )
 
 
 def _draw_slice(

@@ -80,8 +80,9 @@ def _column(path: Path, header: Sequence[str], wanted: str) -> int:
     plain = [re.sub(r"[\W_]", "", title).casefold() for title in header]
     found = [k for k, title in enumerate(plain) if title == wanted.replace("_", "")]
     if len(found) != 1:
-        there = ", ".join(ascii(title[:40]) for title in header[:20])
-        raise LayoutError(f"{path}: needs one column {wanted}; its columns are {there}")
+        # without a header the first row holds patients, so it is not quoted
+        there = f"{len(header)} column(s), of which {len(found) or 'none'} have that name"
+        raise LayoutError(f"{path}: needs one column {wanted}; its first row has {there}")
     return found[0]
 
 

@@ -189,9 +189,7 @@ def _find(wanted: str, index: dict[str | CanonicalName, str]) -> str | None:
 def _unlinked(folder: Folder, linked: Collection[str | None], link_file_name: str) -> list[Problem]:
     """Folders of patients that the table does not name."""
     return [
-        Problem(
-            join(folder.path, one), Reason.UNLINKED_FOLDER, f"no row of {link_file_name} names it"
-        )
+        Problem(join(folder.path, one), Reason.STRAY_FILE, f"no row of {link_file_name} names it")
         for one in folder.folders
         if one not in linked
     ]
@@ -274,7 +272,7 @@ def original_layout(root: Path, folders: Sequence[Folder], link_file_name: str) 
             case.images.extend(images)
         elif images:
             detail = f"{len(images)} possible images, but no contours of a patient of this name"
-            beside.append(Problem(folder.path or ".", Reason.UNLINKED_FOLDER, detail))
+            beside.append(Problem(folder.path or ".", Reason.IMAGES_WITHOUT_ANNOTATION, detail))
     drawn = (join(folder.path, f) for folder in folders for f in folder.files if is_contour_file(f))
     images_of_cases = (path for case in cases.values() for path in case.images)
     claimed = frozenset((*drawn, *images_of_cases, *tables))

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
+from parallel_dicomseg.deidentify import class_uid
 from parallel_dicomseg.records import (
     Annotation,
     MarkTable,
@@ -139,7 +140,8 @@ def _unused(file: ScannedFile, source: str | None, images: int) -> Problem:
     if source is not None:
         return stray(file.path, f"holds nothing that the source {source} can use")
     if file.sop_class_uid:
-        detail = f"a DICOM object that is neither image nor annotation ({file.sop_class_uid})"
+        kind = class_uid(file.sop_class_uid)
+        detail = f"a DICOM object that is neither image nor annotation ({kind})"
         return Problem(file.path, Reason.NOT_AN_IMAGE, detail)
     return stray(file.path, "neither a DICOM file nor an annotation that a source knows")
 

@@ -12,10 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from parallel_dicomseg.private import open_private
 from parallel_dicomseg.records import UInt8
 
-#: Readable by the owner alone: what is not finished may hold more than the finished file.
-PRIVATE = 0o600
 # The most buffers that one call takes (IOV_MAX is 1024 on Linux and macOS).
 _MOST_BUFFERS = 1024
 _FULL_SYNC = 51  # F_FULLFSYNC: on macOS only this reaches the disk
@@ -26,8 +25,7 @@ class Disk:
 
     def open(self, path: Path, *, fresh: bool) -> int:
         """A descriptor to read and write; `fresh`: the file is made, or emptied."""
-        flags = os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        return os.open(path, flags | (os.O_TRUNC if fresh else 0), PRIVATE)
+        return open_private(path, os.O_RDWR | os.O_CREAT | (os.O_TRUNC if fresh else 0))
 
     def write(self, descriptor: int, buffers: Sequence[memoryview], offset: int) -> int:
         """Write buffers one after another from `offset` on; the bytes written may be fewer."""
@@ -58,11 +56,6 @@ class Disk:
     def truncate(self, descriptor: int, size: int) -> None:
         """Make the file as long as that."""
         os.ftruncate(descriptor, size)
-
-    def set_mode(self, descriptor: int, mode: int) -> None:
-        """Who may read it."""
-        if hasattr(os, "fchmod"):
-            os.fchmod(descriptor, mode)
 
     def replace(self, source: Path, target: Path) -> None:
         """Give a file another name, atomically."""

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel_dicomseg.errors import ConversionError
+from parallel_dicomseg.private import open_private
 from parallel_dicomseg.store.journal import beside
 
 LOCK_SUFFIX = ".lock"
@@ -63,7 +64,7 @@ def check_unlocked(output: Path) -> None:
 
 def _open(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        return open_private(path, os.O_RDWR | os.O_CREAT)
     except OSError as error:
         reason = os.strerror(error.errno or 0)
         raise ConversionError(f"{path.parent} cannot be written: {reason}") from error

@@ -225,9 +225,8 @@ class Unfinished:
             write_fully(self._disk, self._descriptors[0], [piece], offset)
         self._disk.truncate(self._descriptors[0], self._content.size)
 
-    def publish(self, output: Path, mode: int) -> None:
+    def publish(self, output: Path) -> None:
         """Bytes to the disk, then the name, then the name to the disk."""
-        self._disk.set_mode(self._descriptors[0], mode)
         self._disk.sync(self._descriptors[0])
         self._disk.replace(self.data, output)
         self._disk.sync_directory(output.parent)

@@ -40,7 +40,7 @@ from parallel_dicomseg.records import (
     SliceTable,
     Summary,
 )
-from parallel_dicomseg.store.disk import PRIVATE, SYSTEM, Disk
+from parallel_dicomseg.store.disk import SYSTEM, Disk
 from parallel_dicomseg.store.hdf5 import Contents, chunk_index, write_contents
 from parallel_dicomseg.store.journal import (
     JOURNAL_SUFFIX,
@@ -358,7 +358,7 @@ class Hdf5Writer:
             _compare(unfinished.data, records)
             if self._output.exists() and not self._overwrite:
                 raise ResumableError(f"{self._output} has appeared meanwhile, it is left alone")
-            unfinished.publish(self._output, self._mode())
+            unfinished.publish(self._output)
             unfinished.close()
             self._unfinished = None
             settle(self._output, self._disk)
@@ -384,14 +384,6 @@ class Hdf5Writer:
             provenance=self._provenance,
             problems=tuple(found),
         )
-
-    def _mode(self) -> int:
-        """Who may read the output: whoever may read a new file here, unless it names patients."""
-        if self._identity.keep_identity:
-            return PRIVATE
-        mask = os.umask(0o077)  # there is no other way to ask for it
-        os.umask(mask)
-        return 0o666 & ~mask
 
     def _summary(
         self, contents: Contents, records: Records, problems: tuple[Problem, ...]

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.codec import BLOSC, encode, mirror_codec
 from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.private import make_private
 from parallel_dicomseg.records import Progress
 from parallel_dicomseg.store.attributes import CHECKSUM
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset
@@ -58,6 +59,7 @@ def mirror_to_zarr(
     with tempfile.TemporaryDirectory(prefix=f"{target.name}.", dir=target.parent) as scratch:
         partial = Path(scratch) / target.name
         _write_group(dataset, partial, progress)
+        make_private(partial)
         shutil.rmtree(target, ignore_errors=True)
         partial.rename(target)
 
