@@ -41,7 +41,7 @@ from parallel_dicomseg.records import (
     SliceTable,
     Summary,
 )
-from parallel_dicomseg.store.attributes import CHECKSUM, attributes_crc32c
+from parallel_dicomseg.store.contents import write_contents
 from parallel_dicomseg.store.headers import (
     Fragment,
     full_header,
@@ -50,6 +50,7 @@ from parallel_dicomseg.store.headers import (
     varying_headers,
 )
 from parallel_dicomseg.store.lock import locked
+from parallel_dicomseg.store.sealing import seal_file
 from parallel_dicomseg.store.table import (
     Columns,
     mark_columns,
@@ -61,7 +62,9 @@ from parallel_dicomseg.store.table import (
 )
 
 FORMAT = "parallel_dicomseg"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+#: Versions that are read: the second one has neither seal nor digest of its contents.
+READABLE_VERSIONS = (2, FORMAT_VERSION)
 PARTIAL_SUFFIX = ".partial"
 
 _COLUMN_CHUNK_ROWS = 16384
@@ -271,7 +274,8 @@ class Hdf5Writer:
                 dataset.set_extent((self._rows, *dataset.shape[1:]))
             found = self._write_metadata(file, table, slices, kept, found)
             file.close()
-            _check_chunks(self._partial, sizes, crc32c)
+            offsets = _check_chunks(self._partial, sizes, crc32c)
+            seal_file(self._partial, offsets, sizes, crc32c)
             if self._output.exists() and not self._overwrite:
                 raise ConversionError(f"{self._output} has appeared meanwhile, it is left alone")
             _rename_durably(self._partial, self._output)
@@ -306,7 +310,7 @@ class Hdf5Writer:
         file["table/intensity"].attrs["statistics"] = list(INTENSITY_STATISTICS)
         for name, source in (("input", images), ("output", masks)):
             _write_view(file, name, source, scales)
-        file.attrs[CHECKSUM] = np.uint32(attributes_crc32c(file))
+        write_contents(file)
         return problems
 
     def _write_headers(
@@ -381,8 +385,11 @@ def _as_conversion_error(path: Path) -> Iterator[None]:
         raise ConversionError(f"{path} cannot be written: {reason}") from error
 
 
-def _check_chunks(path: Path, sizes: Int64, crc32c: NDArray[np.uint32]) -> None:
-    """Read every chunk back from the closed file and compare it with what the workers made."""
+def _check_chunks(path: Path, sizes: Int64, crc32c: NDArray[np.uint32]) -> Int64:
+    """Read every chunk back from the closed file and compare it with what the workers made.
+
+    Returns (2, n) where they lie.
+    """
     rows = sizes.shape[1]
     with h5py.File(path, "r") as file:
         index = [chunk_index(file[name].id, rows) for name in ("images", "masks")]
@@ -404,6 +411,7 @@ def _check_chunks(path: Path, sizes: Int64, crc32c: NDArray[np.uint32]) -> None:
             f"of checksum {found[place, row]:08x}, {sizes[place, row]} bytes of "
             f"{crc32c[place, row]:08x} were written"
         )
+    return offsets
 
 
 def _create(path: Path) -> h5py.File:
