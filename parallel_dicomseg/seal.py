@@ -32,7 +32,7 @@ STRUCTURE = "names, attributes and indices"
 _MAGIC = b"\x89PDSEAL\n"
 _COUNTS = struct.Struct("<QQ")
 _FOOTER_BYTES = _COUNTS.size + 4 + len(_MAGIC)
-_PIECE_BYTES = 1 << 20
+_PIECE_BYTES = 4096
 
 
 @dataclass(frozen=True, eq=False)
@@ -177,7 +177,7 @@ def covering(end: int, offsets: Int64, extents: NDArray[Any], structure: int) ->
     offsets, extents
         (m,) those that belong to objects, in any order.
     structure
-        The owner of what lies between; it is cut into pieces of at most 1 MiB.
+        The owner of what lies between; it is cut into pieces of at most 4 KiB.
 
     Returns
     -------

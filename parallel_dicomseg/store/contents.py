@@ -95,11 +95,16 @@ def _described(dataset: h5py.Dataset, places: Mapping[int, str]) -> dict[str, An
         "filters": [(number, values) for number, _, values, _ in filters],
         "fill": fill.tobytes().hex(),
         "shows": [
-            (v.file_name, v.dset_name, v.vspace.get_select_npoints(), v.src_space.shape)
-            for v in views
+            (v.file_name, v.dset_name, _selection(v.vspace), _selection(v.src_space)) for v in views
         ],
         "axes": _axes(dataset, places),
     }
+
+
+def _selection(space: Any) -> tuple[int, Any]:
+    """What a piece of a view selects: everything, or the corners of a part."""
+    kind = space.get_select_type()
+    return kind, space.get_select_bounds() if kind == h5py.h5s.SEL_HYPERSLABS else None
 
 
 def _axes(dataset: h5py.Dataset, places: Mapping[int, str]) -> list[tuple[str, list[str]]]:
