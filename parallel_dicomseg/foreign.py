@@ -194,19 +194,16 @@ def _check(dataset: h5py.h5d.DatasetID, place: str, file_bytes: int, inflated: b
         if number not in _FILTERS:
             raise RefusedError(f"{place} is filtered by {number}, which is not among {_FILTERS}")
     shape, itemsize = dataset.shape, stored.get_size()
-    slice_bytes = math.prod(shape[1:]) * itemsize
-    if slice_bytes > MAX_CHUNK_BYTES:
-        raise RefusedError(f"{place} has rows of {slice_bytes} bytes, more than {MAX_CHUNK_BYTES}")
-    if math.prod(shape) * itemsize > file_bytes * MAX_RATIO:
-        raise RefusedError(f"{place} claims shape {shape}, in a file of {file_bytes} bytes")
+    chunk_bytes = 0
     if created.get_layout() == h5py.h5d.CHUNKED:
         chunk_bytes = math.prod(created.get_chunk()) * itemsize
-        if chunk_bytes > MAX_CHUNK_BYTES:
-            raise RefusedError(
-                f"{place} has chunks of {chunk_bytes} bytes, more than {MAX_CHUNK_BYTES}"
-            )
-        if inflated:
-            _check_stored(dataset, place, chunk_bytes)
+    for what, size in (("chunks", chunk_bytes), ("rows", math.prod(shape[1:]) * itemsize)):
+        if size > MAX_CHUNK_BYTES:
+            raise RefusedError(f"{place} has {what} of {size} bytes, more than {MAX_CHUNK_BYTES}")
+    if math.prod(shape) * itemsize > file_bytes * MAX_RATIO:
+        raise RefusedError(f"{place} claims shape {shape}, in a file of {file_bytes} bytes")
+    if chunk_bytes and inflated:
+        _check_stored(dataset, place, chunk_bytes)
 
 
 def _check_type(stored: h5py.h5t.TypeID, place: str) -> None:
