@@ -174,7 +174,7 @@ def _sources(dataset: h5py.h5d.DatasetID, place: str) -> tuple[str, ...]:
     count = created.get_virtual_count()
     if count > _MOST_VIEWS:
         raise RefusedError(f"{place} is a view of {count} pieces")
-    shown = {}
+    shown: dict[str, None] = {}
     for piece in range(count):
         if created.get_virtual_filename(piece) != ".":
             raise RefusedError(f"{place} is a view of another file")
@@ -230,5 +230,3 @@ def _check_stored(dataset: h5py.h5d.DatasetID, place: str, chunk_bytes: int) -> 
         dataset.chunk_iter(note)
     if longest > chunk_bytes + chunk_bytes // 4 + _OVERHEAD_BYTES:
         raise RefusedError(f"{place} has a chunk of {longest} bytes for {chunk_bytes} decoded ones")
-
-

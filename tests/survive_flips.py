@@ -92,7 +92,9 @@ def survive(rounds, seed, folder):
                 missed.append((codec, offset, bit, region))
         assert path.read_bytes() == Path(sound).read_bytes()
         assert words_of_verify(path) == words_of_loader(path) == ""
-    return {region: (flips[region], by_verify[region], by_loader[region]) for region in flips}, missed
+    return {
+        region: (flips[region], by_verify[region], by_loader[region]) for region in flips
+    }, missed
 
 
 def main():

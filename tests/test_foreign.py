@@ -237,7 +237,7 @@ def look(folder):
             except ParallelDicomSegError as error:
                 found = str(error)
             said[f"{path.name} {reader.__name__}"] = found, ATTACKS[attack]
-    print(json.dumps(said))
+    sys.stdout.write(json.dumps(said))
 
 
 def run_look(folder, *prefix):

@@ -59,7 +59,7 @@ def _digest(name: str, each: Any, places: Mapping[int, str]) -> str:
     said["attributes"] = attributes
     digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
     if _has_values(name, each):
-        digest.update(np.ascontiguousarray(each[()]))
+        digest.update(each[()].tobytes())
     return digest.hexdigest()
 
 
