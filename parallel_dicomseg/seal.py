@@ -7,7 +7,6 @@ docs/format.md says how it is laid out.
 
 from __future__ import annotations
 
-import json
 import os
 import struct
 from collections.abc import Sequence
@@ -75,7 +74,7 @@ def append(descriptor: int, end: int, extents: NDArray[Any], names: Sequence[str
     extents, names
         As in `Seal`.
     """
-    body = extents.tobytes() + json.dumps(list(names)).encode()
+    body = extents.tobytes() + "\0".join(names).encode()
     body += _COUNTS.pack(len(extents), len(body) - extents.nbytes)
     body += struct.pack("<I", google_crc32c.value(body)) + _MAGIC
     os.ftruncate(descriptor, end)
@@ -110,11 +109,11 @@ def read_seal(descriptor: int) -> Seal | None:
     if google_crc32c.value(body[: -len(_MAGIC) - 4]) != checksum:
         raise ValueError("the seal at its end is damaged")
     extents = np.frombuffer(body, EXTENT, count)
-    names = json.loads(body[extents.nbytes : extents.nbytes + name_bytes])
+    names = body[extents.nbytes : extents.nbytes + name_bytes].decode().split("\0")
     ends = np.cumsum(extents["size"], dtype=np.int64)
     if ends[-1:].tolist() != [end] or int(extents["owner"].max()) >= len(names):
         raise ValueError("the seal at its end does not fit the file")
-    return Seal(ends - extents["size"], extents, tuple(map(str, names)))
+    return Seal(ends - extents["size"], extents, tuple(names))
 
 
 def check_structure(path: Path) -> Seal | None:
