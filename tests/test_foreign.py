@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from parallel_dicomseg.errors import LayoutError, ParallelDicomSegError
 from parallel_dicomseg.export import export_nifti
 from parallel_dicomseg.loader import BatchLoader
 from parallel_dicomseg.report.inspection import inspect_file
-from parallel_dicomseg.store import open_dataset, verify_file
+from parallel_dicomseg.store import mirror_to_zarr, open_dataset, verify_file
 
 CANARY = 77
 SHAPE = (10, 40, 56)
@@ -305,3 +306,53 @@ def test_plain_h5py_reads_the_other_file(tmp_path, attack):
         assert file["images"][3, 2, 1] == CANARY
     with pytest.raises(LayoutError, match=r"evil.h5: .* another file"):
         batches(tmp_path / "evil.h5")
+
+
+def test_links_do_not_lead_out_of_a_mirror(tmp_path):
+    """Neither metadata, nor shards, nor columns; a mirror that is a link itself is one."""
+    written.write(tmp_path / "a.h5")
+    with open_dataset(tmp_path / "a.h5") as dataset:
+        mirror_to_zarr(dataset, tmp_path / "a.zarr")
+    (tmp_path / "b.zarr").symlink_to(tmp_path / "a.zarr")
+    assert batches_with_a_column(tmp_path / "b.zarr") == [1, 1, 1]
+
+    for name in ("masks/zarr.json", "images/c/0/0/0", "table/area/zarr.json", "table/area/c/0/0"):
+        evil = tmp_path / "evil.zarr"
+        shutil.copytree(tmp_path / "a.zarr", evil)
+        (tmp_path / "secret").unlink(missing_ok=True)
+        (evil / name).rename(tmp_path / "secret")
+        (evil / name).symlink_to(tmp_path / "secret")
+        with pytest.raises(LayoutError, match=rf"evil.zarr.*{name} leads out of the mirror"):
+            batches_with_a_column(evil)
+        shutil.rmtree(evil)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    """A column of zarr version 2 whose filter is pickle, which would run a program."""
+    written.write(tmp_path / "a.h5")
+    with open_dataset(tmp_path / "a.h5") as dataset:
+        mirror_to_zarr(dataset, tmp_path / "a.zarr")
+    column = tmp_path / "a.zarr" / "table" / "area"
+    shutil.rmtree(column)
+    column.mkdir()
+    told = {"zarr_format": 2, "shape": [10], "chunks": [10], "dtype": "|O", "fill_value": 0}
+    told |= {"order": "C", "filters": [{"id": "pickle", "protocol": 5}], "compressor": None}
+    (column / ".zarray").write_text(json.dumps(told))
+    (column / "0").write_bytes(pickle.dumps([Trap(tmp_path / "sprung"), "|O", [10]]))
+
+    with pytest.raises(LayoutError, match="/table/area cannot be read"):
+        batches_with_a_column(tmp_path / "a.zarr")
+
+    assert not (tmp_path / "sprung").exists()
+    pickle.loads((column / "0").read_bytes())
+    assert (tmp_path / "sprung").exists()
+
+
+class Trap:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)

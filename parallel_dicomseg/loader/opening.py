@@ -199,12 +199,12 @@ def _open_mirror(path: Path, verify: bool) -> Source:
             f"{path} is a mirror without checksums; verify reads the HDF5 file"
         )
     with reading(path, "the zarr group"):
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        attributes = _metadata(path, path)["attributes"]
         if attributes.get("format") != FORMAT:
             raise LayoutError(f"{path} is no mirror made by {FORMAT}")
         _check_version(path, attributes)
         images, masks = (_mirrored(path, name, attributes["codec"]) for name in ("images", "masks"))
-        told = json.loads((path / "masks" / "zarr.json").read_text())["attributes"]
+        told = _metadata(path, path / "masks")["attributes"]
         structures, nested = _structures(told)
         columns = tuple(sorted(each.name for each in (path / "table").iterdir() if each.is_dir()))
     _check_arrays(path, images, masks, structures)
@@ -213,7 +213,10 @@ def _open_mirror(path: Path, verify: bool) -> Source:
         import zarr
 
         with reading(path, f"/table/{name}"):
-            group: Any = zarr.open_group(str(path), mode="r")
+            for each in (path / "table" / name).rglob("*"):
+                _check_inside(path, each)
+            # version 2 has filters that unpickle
+            group: Any = zarr.open_group(str(path), mode="r", zarr_format=3)
             values = np.asarray(group[f"table/{name}"][...])
         if values.dtype.kind in "biuf":
             return values
@@ -226,9 +229,21 @@ def _open_mirror(path: Path, verify: bool) -> Source:
     return Source(path, images, masks, structures, nested, columns, column, close)
 
 
+def _metadata(root: Path, node: Path) -> Any:
+    """What a group or an array of a mirror says of itself."""
+    _check_inside(root, node / "zarr.json")
+    return json.loads((node / "zarr.json").read_text())
+
+
+def _check_inside(root: Path, path: Path) -> None:
+    """Refuse what a symbolic link of the mirror shows of other directories."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path.relative_to(root)} leads out of the mirror")
+
+
 def _mirrored(path: Path, name: str, codec: str) -> Chunks:
     """One array of a mirror as `mirror_to_zarr` writes it."""
-    array = json.loads((path / name / "zarr.json").read_text())
+    array = _metadata(path, path / name)
     shape = tuple(array["shape"])
     per_shard = array["chunk_grid"]["configuration"]["chunk_shape"][0]
     sharding = array["codecs"][0]
@@ -239,6 +254,8 @@ def _mirrored(path: Path, name: str, codec: str) -> Chunks:
     corner = ["0"] * (len(shape) - 1)
     count = -(-shape[0] // per_shard)
     paths = [path.joinpath(name, "c", str(k), *corner) for k in range(count)]
+    for shard in paths:
+        _check_inside(path, shard)
     index = np.concatenate([_shard_index(shard, per_shard) for shard in paths])[: shape[0]]
     is_there = index[:, 0] != _MISSING
     place = np.where(is_there[:, None], index, np.uint64(0)).astype(np.int64)
