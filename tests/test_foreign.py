@@ -356,3 +356,68 @@ class Trap:
 
     def __reduce__(self):
         return os.mkdir, (str(self.path),)
+
+
+# --- what is not refused -------------------------------------------------------------------------
+
+
+def plain(file, name, how):
+    """Somebody's masks, all 1, in one of many harmless ways."""
+    values = np.ones(SHAPE, "u1")
+    if how == "view":
+        file["values"] = values
+        layout = h5py.VirtualLayout(SHAPE, "u1")
+        layout[:] = h5py.VirtualSource(".", "values", SHAPE, "u1")
+        file.create_virtual_dataset(name, layout)
+    elif how == "soft link":
+        file["deep/down/values"] = values
+        file["deep/up"] = h5py.SoftLink("down")
+        file[name] = h5py.SoftLink("/deep/./up/values")
+    elif how == "truth values":
+        file[name] = values.astype(bool)
+    elif how == "plain":
+        file[name] = values
+    else:
+        file.create_dataset(name, data=values, compression=how, fletcher32=True, shuffle=True)
+
+
+@pytest.mark.parametrize("how", ["view", "soft link", "truth values", "plain", "gzip", "lzf"])
+def test_files_of_others_are_read_where_nothing_leads_out(tmp_path, how):
+    """Views and links within the file, and usual filters."""
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["images"] = np.zeros(SHAPE, "f4")
+        plain(file, "masks", how)
+
+    assert batches(tmp_path / "other.h5") == [1, 1, 1]
+
+
+def test_links_that_go_round_end(tmp_path):
+    """Soft links are followed here, a few of them."""
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["images"] = np.zeros(SHAPE, "u1")
+        file["round"] = h5py.SoftLink("/masks")
+        file["masks"] = h5py.SoftLink("round")
+
+    with pytest.raises(LayoutError, match=r"other.h5: .*/round is a soft link|/masks is a soft"):
+        batches(tmp_path / "other.h5")
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        (np.zeros(3, "V5"), "the attribute 'x' holds opaque bytes"),
+        (np.zeros(3, [("a", "i4")]), "the attribute 'x' holds compounds"),
+        (np.zeros(70000, "i1"), "the attribute 'x' has 70000 values"),
+    ],
+)
+def test_attributes_are_numbers_and_texts(tmp_path, value, words):
+    """Of root and arrays, before any is read."""
+    written.write(tmp_path / "a.h5")
+    for place in ("/", "masks"):
+        with h5py.File(tmp_path / "a.h5", "r+", libver=("v110", "v110")) as file:
+            file[place].attrs["x"] = value
+        for reader in (read_all, verified, inspect_file, batches):
+            with pytest.raises(LayoutError, match=rf"a.h5: .*{words}"):
+                reader(tmp_path / "a.h5")
+        with h5py.File(tmp_path / "a.h5", "r+") as file:
+            del file[place].attrs["x"]
