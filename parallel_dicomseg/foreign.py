@@ -110,11 +110,10 @@ def check_attributes(owner: h5py.HLObject) -> None:
         One is neither numbers nor texts, or claims too many of them. Those in which HDF5 keeps
         dimension scales are no exception: they are not among what this program reads.
     """
-    for place in range(h5py.h5a.get_num_attrs(owner.id)):
-        attribute = h5py.h5a.open(owner.id, index=place)
-        name = attribute.name.decode("utf-8", "replace")
+    for name in owner.attrs:
         if name in SCALE_ATTRIBUTES:
             continue
+        attribute = owner.attrs.get_id(name)
         count = attribute.get_space().get_simple_extent_npoints()
         stored = attribute.get_type()
         if stored.get_class() not in _ATTRIBUTES:
