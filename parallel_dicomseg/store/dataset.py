@@ -114,8 +114,10 @@ class Dataset:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._known: dict[str, h5py.Dataset] = {}
         with ExitStack() as resources:
             self.seal = _checked(self.path)
+            """What the seal says of each byte; None where there is none."""
             self._file = resources.enter_context(_open(self.path))
             with _reading(self.path, "attributes of /"):
                 self.attributes: dict[str, Any] = plain_attributes(self._file)
@@ -209,7 +211,7 @@ class Dataset:
             known = ", ".join(self.columns(group))
             raise LayoutError(f"{self.path}: no column {name!r} in /{group}, there are {known}")
         with _reading(self.path, f"/{group}/{name}"):
-            values: NDArray[Any] = dataset_of(self._file, f"{group}/{name}")[()]
+            values: NDArray[Any] = self._looked_at(f"{group}/{name}")[()]
         return values
 
     def header(self, row: int) -> dict[str, Any]:
@@ -236,7 +238,13 @@ class Dataset:
     def _element(self, name: str, row: int) -> Any:
         """One row of a column, without the others."""
         with _reading(self.path, f"/{name}[{row}]"):
-            return dataset_of(self._file, name)[row]
+            return self._looked_at(name)[row]
+
+    def _looked_at(self, name: str) -> h5py.Dataset:
+        """A column, looked at when it is first used."""
+        if name not in self._known:
+            self._known[name] = dataset_of(self._file, name)
+        return self._known[name]
 
     @property
     def decoders(self) -> dict[str, str]:
