@@ -472,23 +472,35 @@ Example:
   parallel-dicomseg verify cohort.h5"""
 )
 @click.argument("file", type=click.Path())
+@click.option(
+    "--checksums-only",
+    is_flag=True,
+    help="Compare every byte with its checksum, and decode nothing.",
+)
 @json_option
-def verify(file: str, as_json: bool) -> None:
-    """Read a finished file in full and compare it with its own table.
+def verify(file: str, checksums_only: bool, as_json: bool) -> None:
+    """Read a finished file in full and compare it with its seal and its own table.
 
     The exit status is 1 when something is not as it should be.
     """
     from parallel_dicomseg.store import verify_file
 
     with watching() as watch:
-        found = verify_file(file, progress=watch)
+        found = verify_file(file, checksums_only=checksums_only, progress=watch)
     if as_json:
-        print_json({"file": file, "slices": found.slices, "problems": found.problems})
+        print_json(
+            {
+                "file": file,
+                "slices": found.slices,
+                "problems": found.problems,
+                "notes": found.notes,
+            }
+        )
     else:
         verdict = f"{len(found.problems)} problems" if found.problems else "sound"
         click.echo(printable(f"{file}: {found.slices} slices read, {verdict}"))
-        for problem in found.problems:
-            click.echo(printable(f"  {problem}"))
+        for text in (*found.problems, *found.notes):
+            click.echo(printable(f"  {text}"))
     click.get_current_context().exit(FINISHED_SHORT if found.problems else 0)
 
 

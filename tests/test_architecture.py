@@ -24,7 +24,7 @@ PACKAGE = CHECKOUT / "parallel_dicomseg"
 LEVELS = (
     {"errors", "records"},
     {"jit"},
-    {"posix", "compressors", "chunks", "private"},
+    {"posix", "compressors", "chunks", "private", "seal", "foreign"},
     {"geometry", "rasterize", "codec", "text", "checks", "resample", "deidentify"},
     {"overlap"},
     {"dicom"},
@@ -54,9 +54,9 @@ IMPORTERS = {
     "llvmlite": {"compressors"},
     "dask": {"schedulers", "config"},
     "distributed": {"schedulers"},
-    "h5py": {"store", "loader.opening", "loader.readers"},
+    "h5py": {"foreign", "store", "loader.opening", "loader.readers"},
     "zarr": {"store", "loader.opening"},
-    "google_crc32c": {"codec", "store", "loader.opening", "loader.readers"},
+    "google_crc32c": {"codec", "seal", "store", "loader.opening", "loader.readers"},
     "hdf5plugin": {"store"},
     "pydicom": {
         "dicom",

@@ -154,7 +154,7 @@ def test_nothing_and_no_hdf5_are_refused(tmp_path):
 
 def test_names_are_those_of_the_store():
     """What is written twice, lest numba be loaded, is the same in both places."""
-    assert (hdf5.FORMAT, hdf5.FORMAT_VERSION) == (opening.FORMAT, opening.FORMAT_VERSION)
+    assert (hdf5.FORMAT, hdf5.READABLE_VERSIONS) == (opening.FORMAT, opening.READABLE_VERSIONS)
     assert chunks.CODECS == opening.CODECS
 
 

@@ -26,11 +26,12 @@ from parallel_dicomseg.convert import convert_cohort
 from parallel_dicomseg.deidentify import Policy
 from parallel_dicomseg.errors import ConfigurationError, ConversionError, LayoutError
 from parallel_dicomseg.geometry import normal_of, planes_of, stored_plane
-from parallel_dicomseg.loader import epoch_order, iterate_batches
+from parallel_dicomseg.loader import BatchLoader, epoch_order, iterate_batches
 from parallel_dicomseg.records import ConvertOptions, HeaderColumn, Problem, Reason, ScanOptions
 from parallel_dicomseg.report.inspection import inspect_file
-from parallel_dicomseg.store import mirror_to_zarr, open_dataset, verify_file
+from parallel_dicomseg.store import Verification, mirror_to_zarr, open_dataset, verify_file
 from parallel_dicomseg.store import zarr as zarr_store
+from parallel_dicomseg.store.contents import contents
 from parallel_dicomseg.store.table import series_index, stored_geometry, volume_columns
 from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 
@@ -193,7 +194,7 @@ def renew_checksum(path, name, row):
     """Make the table agree with a chunk that was written anew."""
     with open_dataset(path) as dataset:
         checksum = google_crc32c.value(getattr(dataset, name).encoded(row))
-    with h5py.File(path, "r+") as file:
+    with written.edited(path) as file:
         file[f"table/{name[:-1]}_crc32c"][row] = checksum
 
 
@@ -298,7 +299,7 @@ def test_a_file_cut_short_is_refused(copy, size):
 )
 def test_verify_finds_a_table_that_lies(copy, column, row, value, expected):
     """What can be measured or computed again is, and the slice is named."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         file[f"table/{column}"][row] = value
 
     problems = [text for text in verify_file(copy).problems if "/table/flags" not in text]
@@ -324,7 +325,7 @@ def test_verify_finds_a_table_that_lies(copy, column, row, value, expected):
 )
 def test_verify_computes_flags_again(copy, bits, contradicted):
     """All but two, which need more than the file holds."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         assert not file["table/flags"][3]
         file["table/flags"][3] = bits
 
@@ -339,24 +340,23 @@ def test_verify_computes_flags_again(copy, bits, contradicted):
 
 def test_verify_misses_no_flag_that_its_thresholds_ask_for(copy):
     """With a smaller allowed fraction the large masks should carry a flag."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         file.attrs["check_max_mask_fraction"] = 0.01
         large = np.flatnonzero((file["table/area"][:] > 0.01 * 40 * 56).any(axis=1))
         gap = file["table/flags"][:]
 
-    changed, *problems = sorted(verify_file(copy).problems, key=lambda text: text[0] == "/")
+    problems = verify_file(copy).problems
 
     assert len(large)
-    assert "attributes_crc32c of / is" in changed
-    assert problems == [
+    assert problems == tuple(
         f"/table/flags[{row}] is {gap[row]:#x}, the table contradicts mask-too-large"
         for row in large
-    ]
+    )
 
 
 def test_verify_finds_a_mask_that_was_moved(copy):
     """Area and components stay as they are; the checksum does not."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         file["masks"][3] = np.roll(file["masks"][3], 1, axis=0)
 
     (problem,) = verify_file(copy).problems
@@ -366,7 +366,7 @@ def test_verify_finds_a_mask_that_was_moved(copy):
 
 def test_verify_measures_pixels_whose_checksum_is_right(copy):
     """A chunk that was written anew together with its checksum."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         file["masks"][2, 0, 0] |= 1
         file["images"][5, 0, 0] += 1
     renew_checksum(copy, "masks", 2)
@@ -384,7 +384,7 @@ def test_verify_measures_pixels_whose_checksum_is_right(copy):
 
 def test_verify_does_without_checksums(copy):
     """A bit flipped in a chunk is found by the decoder, and only there."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         del file["table/image_crc32c"], file["table/mask_crc32c"]
     assert verify_file(copy).is_sound
     with open_dataset(copy) as dataset:
@@ -398,7 +398,7 @@ def test_verify_does_without_checksums(copy):
 def test_a_frame_that_claims_an_absurd_size_is_a_problem(files, tmp_path):
     """Without checksums the length in a blosc header is believed at first."""
     path = shutil.copy(files["lz4"], tmp_path / "x.h5")
-    with h5py.File(path, "r+") as file:
+    with written.edited(path) as file:
         del file["table/image_crc32c"], file["table/mask_crc32c"]
     with open_dataset(path) as dataset:
         offset = int(dataset.images.offsets[4])
@@ -413,7 +413,7 @@ def test_a_frame_that_claims_an_absurd_size_is_a_problem(files, tmp_path):
 
 def test_text_of_fixed_length_is_text(copy):
     """As attributes that other programs wrote may be."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         file.attrs["rule"] = np.bytes_("center")
         file["masks"].attrs["structures"] = np.array(["i", "o"], "S")
 
@@ -425,7 +425,7 @@ def test_text_of_fixed_length_is_text(copy):
 
 def test_verify_finds_missing_rows(copy):
     """A column of another length, of another type, and none at all."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         table = file["table"]
         values = {name: table[name][:] for name in ("flags", "area")}
         del table["flags"], table["area"], table["components"]
@@ -433,11 +433,10 @@ def test_verify_finds_missing_rows(copy):
 
     problems = verify_file(copy).problems
 
-    assert len(problems) == 4
+    assert len(problems) == 3
     assert "no column 'components' in /table" in problems[0]
     assert problems[1].startswith("/table/area is float32 (10, 2)")
     assert problems[2] == "/table/flags has 9 rows, /images has 10"
-    assert "attributes_crc32c of / is" in problems[3]  # its flag_names went with the column
 
 
 def test_verify_finds_bits_that_belong_to_no_structure(files, tmp_path):
@@ -588,7 +587,7 @@ def series_too_long(file):
 )
 def test_verify_looks_at_what_stands_beside_the_table(copy, damage, expected):
     """Series, volumes, headers, marks, rejections and views."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         damage(file)
 
     problems = verify_file(copy).problems
@@ -598,42 +597,121 @@ def test_verify_looks_at_what_stands_beside_the_table(copy, damage, expected):
         assert words in problem
 
 
-@pytest.mark.parametrize("text", [b"standard_deviation", b"sunnybrook", b"i inside o"])
+ATTRIBUTES = (b"standard_deviation", b"sunnybrook", b"i inside o")
+
+
+@pytest.mark.parametrize("text", [*ATTRIBUTES, b"This is a netCDF dimension but not a netCDF"])
 def test_verify_finds_flipped_bits_in_attributes(copy, text):
     """HDF5 has no checksum of texts; another letter in a structure's name would be another name."""
     places = [m.start() for m in re.finditer(re.escape(text), Path(copy).read_bytes())]
     assert places
     for offset in places:
         flip(copy, offset)
-        if text == b"i inside o":
-            with pytest.raises(LayoutError, match="attributes of /masks cannot be read"):
-                verify_file(copy)
-        else:
-            (problem,) = verify_file(copy).problems
-            assert "attributes_crc32c of / is" in problem
+        problems = verify_file(copy).problems
+        assert len(problems) == 1
+        said = re.fullmatch(r".*copy.h5: (.*): bytes (\d+) to (\d+) have .*", problems[0])
+        assert int(said[2]) <= offset < int(said[3])
+        assert said[1] == "names, attributes and indices" or said[1].startswith("/")
+        for look in (open_dataset, inspect_file, BatchLoader):
+            with pytest.raises(LayoutError, match=r"copy.h5.*it is damaged: .*: bytes \d+ to \d+"):
+                look(copy)
         flip(copy, offset)
     assert verify_file(copy).is_sound
 
 
-def test_verify_opens_every_object(copy):
-    """Damage of what no table needs, here the name of an axis, is found too."""
-    offset = Path(copy).read_bytes().index(b"This is a netCDF dimension but not a netCDF variable.")
-    flip(copy, offset)
+@pytest.mark.parametrize("text", ATTRIBUTES)
+def test_files_of_version_2_are_read_and_verified_as_they_were(copy, text):
+    """They have a checksum of some attributes, and no seal, which is said."""
+    written.outdated(copy)
+    with BatchLoader(copy, 4) as batches:
+        assert len(next(iter(batches)).image) == 4
+    verification = verify_file(copy)
+    assert verification.is_sound
+    assert "format version 2" in verification.notes[0]
 
-    assert any("cannot be read" in problem for problem in verify_file(copy).problems)
+    flip(copy, Path(copy).read_bytes().index(text))
+
+    if text == b"i inside o":
+        with pytest.raises(LayoutError, match="attributes of /masks cannot be read"):
+            verify_file(copy)
+    else:
+        assert "attributes_crc32c of / is" in verify_file(copy).problems[0]
 
 
-def test_a_damaged_column_is_a_problem_with_its_name(copy):
-    """Verify goes on, whoever reads the column learns which one it is."""
+def test_a_damaged_column_is_named_by_everybody(copy):
+    """Whoever reads the file learns which column it is."""
     with h5py.File(copy) as file:
         chunk = file["table/area"].id.get_chunk_info(0)
     flip(copy, chunk.byte_offset + chunk.size // 2)
 
     (problem,) = verify_file(copy).problems
 
-    assert "copy.h5: /table/area cannot be read" in problem
-    with pytest.raises(LayoutError, match=r"copy.h5: /table/area cannot be read"):
-        inspect_file(copy)
+    assert "copy.h5: /table/area: bytes" in problem
+    for look in (inspect_file, open_dataset, BatchLoader):
+        with pytest.raises(LayoutError, match=r"copy.h5.*it is damaged: /table/area: bytes"):
+            look(copy)
+
+
+def test_a_file_that_another_program_changed_is_told(copy):
+    """HDF5 drops the seal; the digests still name what was changed, added and removed."""
+    with h5py.File(copy, "r+") as file:
+        file["table/split"][0] = b"test"
+        file.attrs["rule"] = "coverage"
+        file["images"].dims[1].label = "line"
+        file["note"] = np.arange(3)
+        del file["marks/name"]
+
+    with open_dataset(copy) as dataset:
+        assert dataset.attributes["rule"] == "coverage"
+    problems = verify_file(copy).problems
+
+    words = "its contents have another digest than contents says"
+    for expected in (
+        f"{copy}: it has no seal: another program wrote to it, or cut it",
+        f"/: {words}",
+        f"/images: {words}",
+        f"/table/split: {words}",
+        f"/marks: {words}",
+        "/marks/name is missing",
+        "/note was not in the file when it was written",
+    ):
+        assert expected in problems
+    assert f"/table/area: {words}" not in problems
+    with pytest.raises(LayoutError, match=r"copy.h5 has no seal"):
+        verify_file(copy, checksums_only=True)
+
+
+def test_checksums_alone_find_what_is_damaged(copy):
+    """A slice, a column and the seal itself; nothing is decoded."""
+    assert verify_file(copy, checksums_only=True) == Verification(str(copy), 10, ())
+    with open_dataset(copy) as dataset:
+        flip(copy, int(dataset.masks.offsets[7]))
+    (problem,) = verify_file(copy, checksums_only=True).problems
+    assert "copy.h5: /masks[7]: checksum 0x" in problem
+    with h5py.File(copy) as file:
+        flip(copy, file["table/area"].id.get_chunk_info(0).byte_offset)
+    column, chunk = verify_file(copy).problems
+    assert "/table/area: bytes" in column
+    assert chunk == problem
+    flip(copy, os.path.getsize(copy) - 10)
+    (problem,) = verify_file(copy, checksums_only=True).problems
+    assert problem.endswith("copy.h5: the seal at its end is damaged")
+
+
+def test_the_content_digest_does_not_depend_on_where_hdf5_puts_things(copy):
+    """A column that had to move; the seal would differ, the contents do not."""
+    name = "table/sop_instance_uid"
+    with h5py.File(copy, "r+") as file:
+        before, place = contents(file), file[name].id.get_chunk_info(0).byte_offset
+        values = file[name][:]
+        file[name][:] = np.frombuffer(np.random.default_rng(1).bytes(values.nbytes), values.dtype)
+        assert contents(file)[f"/{name}"] != before[f"/{name}"]
+    # what is free is forgotten when the file is closed
+    with h5py.File(copy, "r+") as file:
+        file[name][:] = values
+    with h5py.File(copy) as file:
+        assert file[name].id.get_chunk_info(0).byte_offset != place
+        assert contents(file) == before
 
 
 @pytest.mark.parametrize(
@@ -655,7 +733,7 @@ def test_a_damaged_column_is_a_problem_with_its_name(copy):
 )
 def test_a_file_with_parts_missing_is_refused_and_closed(copy, path, attribute, value, words):
     """The sentence names the part; no descriptor stays open."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         if attribute is None:
             del file[path]
         elif value is None:
@@ -676,6 +754,7 @@ def test_damaged_text_is_refused_before_anybody_prints_it(copy):
     with open(copy, "rb") as file:
         offset = file.read().index(b"sunnybrook")
     flip(copy, offset, 7)
+    written.sealed(copy)
 
     with pytest.raises(LayoutError, match=r"copy.h5: attributes of / cannot be read: 'utf-8'"):
         open_dataset(copy)
@@ -683,7 +762,7 @@ def test_damaged_text_is_refused_before_anybody_prints_it(copy):
 
 def test_arrays_in_other_pieces_are_refused(copy):
     """One chunk per slice, or our reader cannot find them."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         del file["images"]
         file.create_dataset("images", (10, 40, 56), "i2", chunks=(2, 40, 56))
 
@@ -693,7 +772,7 @@ def test_arrays_in_other_pieces_are_refused(copy):
 
 def test_missing_chunks_and_other_shapes_are_found(copy):
     """An array that ends early, and one whose last slices were never written."""
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         attributes = dict(file["masks"].attrs.items())
         del file["masks"]
         masks = file.create_dataset(
@@ -705,7 +784,7 @@ def test_missing_chunks_and_other_shapes_are_found(copy):
     problems = verify_file(copy).problems
 
     assert [f"/masks[{row}] is missing" in text for row, text in enumerate(problems)] == [True] * 10
-    with h5py.File(copy, "r+") as file:
+    with written.edited(copy) as file:
         file["masks"].resize(8, axis=0)
     assert verify_file(copy).problems[-1] == "/masks is (8, 40, 56), /images is (10, 40, 56)"
 
@@ -737,7 +816,7 @@ def test_files_that_are_not_ours_are_refused_with_their_name(tmp_path):
         ("gone.h5", "no such file"),
         ("text.h5", "no readable HDF5 file"),
         ("other.h5", "was not made by parallel_dicomseg"),
-        ("later.h5", "has format version 99, this program reads 2"),
+        ("later.h5", "has format version 99, this program reads 2 and 3"),
     ):
         with pytest.raises(LayoutError, match=f"{name}.*{words}"):
             open_dataset(tmp_path / name)
@@ -897,7 +976,7 @@ def test_cropped_pixels_are_counted_and_flagged(tmp_path):
     assert summary.flagged["cut-by-crop"] == 10
     assert verify_file(path).problems == ()
     assert inspect_file(path).cropped_pixels == 60
-    with h5py.File(path, "r+") as file:
+    with written.edited(path) as file:
         file["table/cropped"][2] = 0
     assert verify_file(path).problems == (
         "/table/flags[2] is 0x80, the table contradicts cut-by-crop",

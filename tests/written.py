@@ -1,11 +1,14 @@
 """Small files made by the writer itself, for tests of what reads them."""
 
+from contextlib import contextmanager
 from dataclasses import fields, replace
+from pathlib import Path
 
+import h5py
 import numpy as np
 
 from parallel_dicomseg.checks import measure_intensity, measure_masks, raise_flags
-from parallel_dicomseg.codec import checksums, encode
+from parallel_dicomseg.codec import checksums, checksums_of_file, encode
 from parallel_dicomseg.records import (
     Checks,
     EncodedChunk,
@@ -16,6 +19,10 @@ from parallel_dicomseg.records import (
     SliceTable,
 )
 from parallel_dicomseg.store import Hdf5Writer
+from parallel_dicomseg.store.attributes import CHECKSUM, attributes_crc32c
+from parallel_dicomseg.store.contents import CONTENTS, DIGEST, write_contents
+from parallel_dicomseg.store.hdf5 import chunk_index
+from parallel_dicomseg.store.sealing import seal_file
 
 ROWS, COLUMNS = 40, 56
 
@@ -201,3 +208,35 @@ def write(path, *, table=None, plan=None, images=None, masks=None, good=None, **
             options = {"cropped": cropped, "looked": table.annotated[part]}
             writer.put(chunk(images[part], masks[part], plan, first, good[part], **options))
         return writer.publish(problems)
+
+
+@contextmanager
+def edited(path):
+    """Change a finished file as if its writer had made it so: with a digest and a seal that fit."""
+    with h5py.File(path, "r+") as file:
+        yield file
+        write_contents(file)
+    sealed(path)
+
+
+def sealed(path):
+    """Seal a file as it is, if both arrays are there; its chunks are what they should be."""
+    with h5py.File(path) as file:
+        if not {"images", "masks"} <= set(file):
+            return
+        arrays = [file[name].id for name in ("images", "masks")]
+        index = [chunk_index(array, array.shape[0]) for array in arrays]
+    with Path(path).open("rb") as file:
+        known = [checksums_of_file(file.fileno(), *here) for here in index]
+    rows = min(len(crc32c) for crc32c in known)
+    offsets, sizes = (np.stack([each[k][:rows] for each in index]) for k in (0, 1))
+    seal_file(Path(path), offsets, sizes, np.stack([crc32c[:rows] for crc32c in known]))
+
+
+def outdated(path):
+    """Make a file one of version 2, which had a checksum of attributes alone."""
+    with h5py.File(path, "r+") as file:
+        for name in (CONTENTS, DIGEST):
+            del file.attrs[name]
+        file.attrs["format_version"] = 2
+        file.attrs[CHECKSUM] = np.uint32(attributes_crc32c(file))

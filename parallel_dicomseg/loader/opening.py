@@ -16,9 +16,10 @@ from parallel_dicomseg.chunks import CODECS
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.loader.readers import Chunks, DatasetRows, Files, Rows, reading
 from parallel_dicomseg.records import Int64
+from parallel_dicomseg.seal import check_structure
 
 # As `store` writes them; it is not imported, for it loads numba. A test compares them.
-FORMAT, FORMAT_VERSION = "parallel_dicomseg", 2
+FORMAT, READABLE_VERSIONS = "parallel_dicomseg", (2, 3)
 
 #: Names of image and mask datasets that are found in files of others; the first is the original's.
 PAIRS = (
@@ -89,7 +90,12 @@ def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool =
         raise LayoutError(f"{path}: no such file")
     import h5py
 
+    from parallel_dicomseg.foreign import check_attributes
+
+    with reading(path, "the HDF5 file"):
+        check_structure(path)
     with reading(path, "the HDF5 file"), h5py.File(path, "r") as file:
+        check_attributes(file)
         if not images and not masks and _text(file.attrs.get("format")) == FORMAT:
             return _open_own(path, file, verify)
         pair = _find_pair(path, file, images, masks)
@@ -100,33 +106,40 @@ def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool =
 
 def _open_own(path: Path, file: Any, verify: bool) -> Source:
     """One of our files; every chunk's place is taken now, and h5py is not needed any more."""
+    from parallel_dicomseg.foreign import check_attributes, dataset_of, group_of
+
     _check_version(path, file.attrs)
     files = Files([path])
     codec = _text(file.attrs["codec"])
     images, masks = (
         _own_array(path, file, name, codec, files, verify) for name in ("images", "masks")
     )
-    structures, nested = _structures(file["masks"].attrs)
+    told = dataset_of(file, "masks", inflated=False)
+    check_attributes(told)
+    structures, nested = _structures(told.attrs)
     _check_arrays(path, images, masks, structures)
 
     def column(name: str) -> NDArray[Any]:
         import h5py
 
         with reading(path, f"/table/{name}"), h5py.File(path, "r") as again:
-            values: NDArray[Any] = again["table"][name][()]
+            values: NDArray[Any] = dataset_of(again, f"table/{name}")[()]
         return values
 
-    columns = tuple(file["table"])
+    columns = tuple(group_of(file, "table"))
     return Source(path, images, masks, structures, nested, columns, column, files.close)
 
 
 def _own_array(path: Path, file: Any, name: str, codec: str, files: Files, verify: bool) -> Chunks:
     """One array of our file, and the checksums of its chunks where they are to be verified."""
-    dataset = file[name]
+    from parallel_dicomseg.foreign import dataset_of
+
+    dataset = dataset_of(file, name, inflated=False)
     if len(dataset.shape) not in {3, 4} or dataset.chunks != (1, *dataset.shape[1:]):
         raise LayoutError(f"{path}: /{name} is not one chunk per slice")
     offsets, sizes = _chunk_index(dataset)
-    known = file[f"table/{name.removesuffix('s')}_crc32c"][()] if verify else None
+    column = f"table/{name.removesuffix('s')}_crc32c"
+    known = dataset_of(file, column)[()] if verify else None
     return Chunks(
         f"/{name}", dataset.shape, dataset.dtype, codec, files, offsets, sizes, crc32c=known
     )
@@ -149,9 +162,10 @@ def _chunk_index(dataset: Any) -> tuple[Int64, Int64]:
 
 def _check_version(path: Path, attributes: Any) -> None:
     version, codec = attributes.get("format_version"), _text(attributes.get("codec"))
-    if version != FORMAT_VERSION:
+    if version not in READABLE_VERSIONS:
         raise LayoutError(
-            f"{path} has format version {version}, this program reads {FORMAT_VERSION}"
+            f"{path} has format version {version}, "
+            f"this program reads {' and '.join(map(str, READABLE_VERSIONS))}"
         )
     if codec not in CODECS:
         raise LayoutError(f"{path} has codec {codec!r}, known are {CODECS}")
@@ -185,12 +199,12 @@ def _open_mirror(path: Path, verify: bool) -> Source:
             f"{path} is a mirror without checksums; verify reads the HDF5 file"
         )
     with reading(path, "the zarr group"):
-        attributes = json.loads((path / "zarr.json").read_text())["attributes"]
+        attributes = _metadata(path, path)["attributes"]
         if attributes.get("format") != FORMAT:
             raise LayoutError(f"{path} is no mirror made by {FORMAT}")
         _check_version(path, attributes)
         images, masks = (_mirrored(path, name, attributes["codec"]) for name in ("images", "masks"))
-        told = json.loads((path / "masks" / "zarr.json").read_text())["attributes"]
+        told = _metadata(path, path / "masks")["attributes"]
         structures, nested = _structures(told)
         columns = tuple(sorted(each.name for each in (path / "table").iterdir() if each.is_dir()))
     _check_arrays(path, images, masks, structures)
@@ -199,7 +213,10 @@ def _open_mirror(path: Path, verify: bool) -> Source:
         import zarr
 
         with reading(path, f"/table/{name}"):
-            group: Any = zarr.open_group(str(path), mode="r")
+            for each in (path / "table" / name).rglob("*"):
+                _check_inside(path, each)
+            # version 2 has filters that unpickle
+            group: Any = zarr.open_group(str(path), mode="r", zarr_format=3)
             values = np.asarray(group[f"table/{name}"][...])
         if values.dtype.kind in "biuf":
             return values
@@ -212,9 +229,21 @@ def _open_mirror(path: Path, verify: bool) -> Source:
     return Source(path, images, masks, structures, nested, columns, column, close)
 
 
+def _metadata(root: Path, node: Path) -> Any:
+    """What a group or an array of a mirror says of itself."""
+    _check_inside(root, node / "zarr.json")
+    return json.loads((node / "zarr.json").read_text())
+
+
+def _check_inside(root: Path, path: Path) -> None:
+    """Refuse what a symbolic link of the mirror shows of other directories."""
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise ValueError(f"{path.relative_to(root)} leads out of the mirror")
+
+
 def _mirrored(path: Path, name: str, codec: str) -> Chunks:
     """One array of a mirror as `mirror_to_zarr` writes it."""
-    array = json.loads((path / name / "zarr.json").read_text())
+    array = _metadata(path, path / name)
     shape = tuple(array["shape"])
     per_shard = array["chunk_grid"]["configuration"]["chunk_shape"][0]
     sharding = array["codecs"][0]
@@ -225,6 +254,8 @@ def _mirrored(path: Path, name: str, codec: str) -> Chunks:
     corner = ["0"] * (len(shape) - 1)
     count = -(-shape[0] // per_shard)
     paths = [path.joinpath(name, "c", str(k), *corner) for k in range(count)]
+    for shard in paths:
+        _check_inside(path, shard)
     index = np.concatenate([_shard_index(shard, per_shard) for shard in paths])[: shape[0]]
     is_there = index[:, 0] != _MISSING
     place = np.where(is_there[:, None], index, np.uint64(0)).astype(np.int64)
@@ -260,14 +291,23 @@ def _find_pair(path: Path, file: Any, images: str, masks: str) -> tuple[str, str
     """Names and shapes of an image and a mask dataset."""
     named = ((images, masks),) if images and masks else PAIRS
     for one, other in named:
-        if one in file and other in file:
-            return one, other, _slice_shape(file[one]), _slice_shape(file[other])
+        if _is_there(file, one) and _is_there(file, other):
+            return one, other, _slice_shape(file, one), _slice_shape(file, other)
     looked = ", ".join(f"/{one} and /{other}" for one, other in named)
     raise ConfigurationError(f"{path} holds no image and mask datasets; looked for {looked}")
 
 
-def _slice_shape(dataset: Any) -> tuple[int, ...]:
+def _is_there(file: Any, name: str) -> bool:
+    """Whether there is a link of this name; `in` would follow it into another file."""
+    return bool(file.get(name, getlink=True, default=None))
+
+
+def _slice_shape(file: Any, name: str) -> tuple[int, ...]:
     """(n, rows, columns[, samples]); rows of pixels are unfolded by the attribute `lshape`."""
+    from parallel_dicomseg.foreign import check_attributes, dataset_of
+
+    dataset = dataset_of(file, name)
+    check_attributes(dataset)
     shape = tuple(dataset.shape)
     if len(shape) == 2 and "lshape" in dataset.attrs:
         unfolded = tuple(int(size) for size in dataset.attrs["lshape"])

@@ -12,11 +12,12 @@ import google_crc32c
 import h5py
 import numpy as np
 
-#: Attribute of the root: the checksum of all others of `_CHECKED`.
+from parallel_dicomseg.foreign import SCALE_ATTRIBUTES, check_attributes
+
+#: Attribute of the root in files of version 2: the checksum of all others of `_CHECKED`.
 CHECKSUM = "attributes_crc32c"
 
 _CHECKED = ("/", "images", "masks", "table/flags", "table/intensity")
-_SCALE_ATTRIBUTES = ("DIMENSION_LIST", "DIMENSION_LABELS", "REFERENCE_LIST", "CLASS", "NAME")
 
 
 def attributes_crc32c(file: h5py.File) -> int:
@@ -28,7 +29,8 @@ def attributes_crc32c(file: h5py.File) -> int:
 
 def plain_attributes(owner: h5py.HLObject) -> dict[str, Any]:
     """Attributes as Python numbers, texts, bools or lists of them, without dimension scales."""
-    names = [name for name in owner.attrs if name not in _SCALE_ATTRIBUTES]
+    check_attributes(owner)
+    names = [name for name in owner.attrs if name not in SCALE_ATTRIBUTES]
     return {name: _plain(owner.attrs[name]) for name in names}
 
 

@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.chunks import CODECS, decode
 from parallel_dicomseg.errors import LayoutError
+from parallel_dicomseg.foreign import dataset_of, group_of, object_of
 from parallel_dicomseg.records import Checks, Problem, Reason
+from parallel_dicomseg.seal import Seal, check_structure
 from parallel_dicomseg.store.attributes import attributes_crc32c, plain_attributes
-from parallel_dicomseg.store.hdf5 import FORMAT, FORMAT_VERSION, chunk_index, view_shape
+from parallel_dicomseg.store.contents import contents
+from parallel_dicomseg.store.hdf5 import FORMAT, READABLE_VERSIONS, chunk_index, view_shape
 from parallel_dicomseg.store.headers import plain_header, plain_value
 
 # What the root says besides format, version and codec; 0 and 1.0 are both numbers.
@@ -111,7 +114,10 @@ class Dataset:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._known: dict[str, h5py.Dataset] = {}
         with ExitStack() as resources:
+            self.seal = _checked(self.path)
+            """What the seal says of each byte; None where there is none."""
             self._file = resources.enter_context(_open(self.path))
             with _reading(self.path, "attributes of /"):
                 self.attributes: dict[str, Any] = plain_attributes(self._file)
@@ -122,13 +128,14 @@ class Dataset:
             self.images = self._array("images", descriptor)
             self.masks = self._array("masks", descriptor)
             with _reading(self.path, "attributes of /masks"):
-                self.structures, self.nested = _structures(self._file["masks"])
+                self.structures, self.nested = _structures(dataset_of(self._file, "masks"))
             self._resources = resources.pop_all()
 
     def _array(self, name: str, descriptor: int) -> ChunkedArray:
         codec = str(self.attributes["codec"])
         with _reading(self.path, f"/{name}"):
-            return ChunkedArray(descriptor, self._file[name], codec, self.path)
+            dataset = dataset_of(self._file, name, inflated=False)
+            return ChunkedArray(descriptor, dataset, codec, self.path)
 
     def __enter__(self) -> Self:
         return self
@@ -167,12 +174,12 @@ class Dataset:
     def columns(self, group: str = "table") -> tuple[str, ...]:
         """Names of the columns of /table (or /series, /volumes, /headers, /marks, /rejected)."""
         with _reading(self.path, f"/{group}"):
-            return tuple(self._file[group])
+            return tuple(group_of(self._file, group))
 
     def axes(self, name: str) -> tuple[str, ...]:
         """Names of a dataset's axes, e.g. of 'table/area': ('slice', 'structure')."""
         with _reading(self.path, f"axes of {name}"):
-            return tuple(str(axis.label) for axis in self._file[name].dims)
+            return tuple(str(axis.label) for axis in dataset_of(self._file, name).dims)
 
     def objects(self) -> tuple[str, ...]:
         """Names of all groups and datasets, 'table' and 'table/area' among them."""
@@ -180,6 +187,13 @@ class Dataset:
         with _reading(self.path, "/"):
             self._file.visit(names.append)
         return tuple(names)
+
+    def contents(self) -> dict[str, str]:
+        """The digest of each object as it is, by its name; the root says what it should be."""
+        with _reading(self.path, "/"):
+            for name in self.objects():
+                object_of(self._file, name)
+            return contents(self._file)
 
     def attributes_crc32c(self) -> int:
         """The checksum of the attributes as they are; the root says what it should be."""
@@ -189,7 +203,7 @@ class Dataset:
     def attributes_of(self, name: str) -> dict[str, Any]:
         """Attributes of a dataset, without those that HDF5 keeps its dimension scales in."""
         with _reading(self.path, f"attributes of {name}"):
-            return plain_attributes(self._file[name])
+            return plain_attributes(object_of(self._file, name, inflated=False))
 
     def column(self, name: str, group: str = "table") -> NDArray[Any]:
         """One column of /table (or another group), (n, …); text as fixed-length bytes."""
@@ -197,7 +211,7 @@ class Dataset:
             known = ", ".join(self.columns(group))
             raise LayoutError(f"{self.path}: no column {name!r} in /{group}, there are {known}")
         with _reading(self.path, f"/{group}/{name}"):
-            values: NDArray[Any] = self._file[group][name][()]
+            values: NDArray[Any] = self._looked_at(f"{group}/{name}")[()]
         return values
 
     def header(self, row: int) -> dict[str, Any]:
@@ -224,7 +238,13 @@ class Dataset:
     def _element(self, name: str, row: int) -> Any:
         """One row of a column, without the others."""
         with _reading(self.path, f"/{name}[{row}]"):
-            return self._file[name][row]
+            return self._looked_at(name)[row]
+
+    def _looked_at(self, name: str) -> h5py.Dataset:
+        """A column, looked at when it is first used."""
+        if name not in self._known:
+            self._known[name] = dataset_of(self._file, name)
+        return self._known[name]
 
     @property
     def decoders(self) -> dict[str, str]:
@@ -241,7 +261,7 @@ class Dataset:
             There is no such view, or it does not show one whole array of this file.
         """
         with _reading(self.path, f"/{name}"):
-            view = self._file[name]
+            view = dataset_of(self._file, name, inflated=False)
             if not view.is_virtual:
                 raise ValueError("it is no virtual view")
             parts = view.virtual_sources()
@@ -282,15 +302,23 @@ def open_dataset(path: str | Path) -> Dataset:
     Raises
     ------
     LayoutError
-        The file is missing, is no HDF5 file, or is not one of ours.
+        The file is missing, is no HDF5 file, is not one of ours, or is damaged outside its pixels.
     """
     return Dataset(path)
 
 
-def _open(path: Path) -> h5py.File:
+def _checked(path: Path) -> Seal | None:
+    """The seal of a file of which nothing but pixels may differ from it."""
     if not path.is_file():
         there = "a folder, not a converted file" if path.is_dir() else "no such file"
         raise LayoutError(f"{path}: {there}")
+    try:
+        return check_structure(path)
+    except (OSError, ValueError) as error:
+        raise LayoutError(f"{path} cannot be read: {error}") from error
+
+
+def _open(path: Path) -> h5py.File:
     try:
         return h5py.File(path, "r")
     except (OSError, RuntimeError) as error:
@@ -310,10 +338,10 @@ def _reading(path: Path, what: str) -> Iterator[None]:
 def _check_format(path: Path, attributes: dict[str, Any]) -> None:
     if attributes.get("format") != FORMAT:
         raise LayoutError(f"{path} was not made by {FORMAT} (no attribute format={FORMAT!r})")
-    if attributes.get("format_version") != FORMAT_VERSION:
+    if attributes.get("format_version") not in READABLE_VERSIONS:
         raise LayoutError(
             f"{path} has format version {attributes.get('format_version')}, "
-            f"this program reads {FORMAT_VERSION}"
+            f"this program reads {' and '.join(map(str, READABLE_VERSIONS))}"
         )
     if attributes.get("codec") not in CODECS:
         raise LayoutError(f"{path} has codec {attributes.get('codec')!r}, known are {CODECS}")

@@ -31,7 +31,7 @@ from parallel_dicomseg.records import (
     Reason,
     SliceTable,
 )
-from parallel_dicomseg.store.attributes import CHECKSUM, attributes_crc32c
+from parallel_dicomseg.store.contents import write_contents
 from parallel_dicomseg.store.headers import (
     Fragment,
     full_header,
@@ -50,7 +50,9 @@ from parallel_dicomseg.store.table import (
 )
 
 FORMAT = "parallel_dicomseg"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
+#: Versions that are read: the second one has neither seal nor digest of its metadata.
+READABLE_VERSIONS = (2, FORMAT_VERSION)
 
 _COLUMN_CHUNK_ROWS = 16384
 # Of a column's chunk, where rows are long texts.
@@ -173,7 +175,7 @@ def chunk_index(dataset: h5py.h5d.DatasetID, rows: int) -> tuple[Int64, Int64]:
 
 
 @dataclass(frozen=True, slots=True)
-class Contents:
+class Metadata:
     """All that a finished file says, but for its chunks."""
 
     layout: Layout
@@ -196,7 +198,7 @@ class Contents:
     problems: tuple[Problem, ...]
 
 
-def write_contents(file: h5py.File, contents: Contents) -> tuple[Problem, ...]:
+def write_metadata(file: h5py.File, metadata: Metadata) -> tuple[Problem, ...]:
     """Write everything but the chunks.
 
     Returns
@@ -204,38 +206,38 @@ def write_contents(file: h5py.File, contents: Contents) -> tuple[Problem, ...]:
     The problems, and those of headers that could not be read again.
     """
     images, masks = file["images"], file["masks"]
-    table, slices = contents.table, contents.slices
-    _write_attributes(file, contents.layout, contents.identity, contents.provenance)
-    _describe_arrays(images, masks, contents.layout)
+    table, slices = metadata.table, metadata.slices
+    _write_attributes(file, metadata.layout, metadata.identity, metadata.provenance)
+    _describe_arrays(images, masks, metadata.layout)
     scales = _Scales(file)
     scales.attach(images, *IMAGE_AXES[: images.ndim])
     scales.attach(masks, *IMAGE_AXES[: masks.ndim])
     _write_columns(file, "table", table, scales, "slice")
     series = series_columns(slices, table)
-    headers, unread = _write_headers(file, scales, contents, series["first_slice"])
+    headers, unread = _write_headers(file, scales, metadata, series["first_slice"])
     _write_columns(file, "series", series | {"header": headers}, scales, "series_number")
     _write_columns(file, "volumes", volume_columns(table), scales, "volume_number")
-    marks = mark_columns(contents.marks, contents.grid)
+    marks = mark_columns(metadata.marks, metadata.grid)
     _write_columns(file, "marks", marks, scales, "mark")
-    problems = (*contents.problems, *unread)
+    problems = (*metadata.problems, *unread)
     _write_columns(file, "rejected", rejected_columns(problems), scales, "rejection")
     file["table/flags"].attrs["flag_names"] = list(FLAGS)
     file["table/intensity"].attrs["statistics"] = list(INTENSITY_STATISTICS)
     for name, source in (("input", images), ("output", masks)):
         _write_view(file, name, source, scales)
-    file.attrs[CHECKSUM] = np.uint32(attributes_crc32c(file))
+    write_contents(file)
     return problems
 
 
 def _write_headers(
-    file: h5py.File, scales: _Scales, contents: Contents, first: Int64
+    file: h5py.File, scales: _Scales, metadata: Metadata, first: Int64
 ) -> tuple[Bytes, tuple[Problem, ...]]:
     """Write /headers; the JSON of each series (k,), and what could not be read for it."""
-    slices, identity = contents.slices, contents.identity
+    slices, identity = metadata.slices, metadata.identity
     _new_group(file, "headers")
     constant = [method_of(identity) for _ in first.tolist()]
     # one by one: the codes of all attributes are larger than the rest of the cohort
-    headers = ((name, column.take(contents.kept)) for name, column in contents.headers.items())
+    headers = ((name, column.take(metadata.kept)) for name, column in metadata.headers.items())
     varying = varying_headers(headers, slices.patient_id, first, identity, constant)
     for keyword, column in varying:
         _write_column(file["headers"], keyword, column, scales, "slice")
@@ -243,7 +245,7 @@ def _write_headers(
     if not identity.keep_identity:
         return texts([series_json(members) for members in constant]), ()
     described = [
-        _full_header(contents.root, os.fsdecode(path), members, unread)
+        _full_header(metadata.root, os.fsdecode(path), members, unread)
         for path, members in zip(slices.path[first].tolist(), constant, strict=True)
     ]
     return texts(described), tuple(unread)

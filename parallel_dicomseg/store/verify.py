@@ -15,13 +15,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.checks import measure_intensity, measure_masks, raise_flags
+from parallel_dicomseg.codec import checksums_of_file
 from parallel_dicomseg.errors import LayoutError
 from parallel_dicomseg.records import FLAGS, Checks, Int64, Progress
+from parallel_dicomseg.seal import Seal, damaged, read_seal
 from parallel_dicomseg.store.attributes import CHECKSUM
+from parallel_dicomseg.store.contents import CONTENTS, DIGEST, content_sha256
 from parallel_dicomseg.store.dataset import Dataset, open_dataset
 from parallel_dicomseg.store.hdf5 import view_shape
 from parallel_dicomseg.store.table import Columns, volume_columns
 
+# The version of files that have neither a seal nor a digest of their contents.
+_UNSEALED = 2
+_UNSEALED_NOTE = (
+    "the file has format version 2, which has no seal: a bit that was flipped outside of pixels, "
+    "table and attributes may go unnoticed; --overwrite writes the current version"
+)
+_CHUNKS_PER_BLOCK = 256
 _SLICES_PER_BLOCK = 64
 # Of the decoded images of a block; every thread holds one.
 _BYTES_PER_BLOCK = 64 << 20
@@ -60,6 +70,8 @@ class Verification:
     """Slices looked at."""
     problems: tuple[str, ...]
     """One sentence each; empty when the file is what it should be."""
+    notes: tuple[str, ...] = ()
+    """What could not be looked at, a sentence each."""
 
     @property
     def is_sound(self) -> bool:
@@ -68,21 +80,38 @@ class Verification:
 
 
 def verify_file(
-    path: str | Path, *, progress: Callable[[Progress], None] | None = None
+    path: str | Path,
+    *,
+    checksums_only: bool = False,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Verification:
     """Read everything in a file, and compare what is said twice.
 
-    Every chunk is compared with its checksum and decoded; area, components, nesting and intensity
+    First all bytes outside the pixels are compared with the seal. Where they differ, HDF5 never
+    sees the file: the problems name the objects, and the slices whose chunks differ as well. Then
+    every chunk is compared with its checksum and decoded; area, components, nesting and intensity
     are measured again; the columns that follow from others are computed again; /series, /volumes,
-    /headers, /marks, /rejected and the views are compared with the table, the attributes with their
-    checksum; no patient may be in two parts of the split.
+    /headers, /marks, /rejected and the views are compared with the table, every object with its
+    digest; no patient may be in two parts of the split.
+
+    Parameters
+    ----------
+    path
+        A file that `convert_cohort` made.
+    checksums_only
+        Compare every byte with the seal, and leave it at that.
+    progress
+        Called after each block of slices.
 
     Raises
     ------
     LayoutError
-        The file cannot be opened as one of ours. Whatever else is wrong is a problem of the
-        result.
+        The file cannot be opened as one of ours, or has no seal where only that is asked for.
+        Whatever else is wrong is a problem of the result.
     """
+    slices, problems = _check_seal(Path(path), checksums_only)
+    if problems or checksums_only:
+        return Verification(str(path), slices, tuple(f"{path}: {text}" for text in problems))
     with open_dataset(path) as dataset:
         table, problems = _read_table(dataset)
         problems += _check_table(dataset, table)
@@ -93,12 +122,78 @@ def verify_file(
         problems += _check_marks(dataset)
         problems += _check_rejected(dataset)
         problems += _check_views(dataset)
-        problems += _check_attributes(dataset)
+        version = dataset.attributes["format_version"]
+        problems += _check_attributes(dataset) if version == _UNSEALED else _check_contents(dataset)
         if dataset.masks.shape != dataset.images.shape[:3]:
             problems.append(f"/masks is {dataset.masks.shape}, /images is {dataset.images.shape}")
         else:
             problems += _check_pixels(dataset, table, progress)
-        return Verification(str(path), len(dataset), tuple(problems))
+        notes = (_UNSEALED_NOTE,) if version == _UNSEALED else ()
+        return Verification(str(path), len(dataset), tuple(problems), notes)
+
+
+# --- all bytes -----------------------------------------------------------------------------------
+
+
+def _check_seal(path: Path, pixels: bool) -> tuple[int, list[str]]:
+    """Compare the bytes with the seal, where there is one, and count slices.
+
+    Chunks are read where `pixels` says so, or something else differs: otherwise they are compared
+    with the same checksums when they are decoded.
+    """
+    if not path.is_file():
+        return 0, []  # whoever opens it says so
+    with path.open("rb") as file:
+        descriptor = file.fileno()
+        try:
+            seal = read_seal(descriptor)
+        except ValueError as error:
+            return 0, [str(error)]
+        if seal is None:
+            if pixels:
+                raise LayoutError(f"{path} has no seal")
+            return 0, []
+        problems = damaged(descriptor, seal, np.flatnonzero(~seal.holds_pixels))
+        if problems or pixels:
+            problems += _damaged_chunks(descriptor, seal)
+        return int(np.count_nonzero(seal.extents["owner"] == 0)), problems
+
+
+def _damaged_chunks(descriptor: int, seal: Seal) -> list[str]:
+    places = np.flatnonzero(seal.holds_pixels)
+    blocks = np.array_split(places, max(1, len(places) // _CHUNKS_PER_BLOCK))
+    sizes = seal.extents["size"].astype(np.int64)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = np.concatenate(
+            list(
+                pool.map(
+                    lambda block: checksums_of_file(descriptor, seal.offsets[block], sizes[block]),
+                    blocks,
+                )
+            )
+        )
+    differ = np.flatnonzero(found != seal.extents["crc32c"][places])
+    return [seal.difference(places[k], int(found[k])) for k in differ]
+
+
+def _check_contents(dataset: Dataset) -> list[str]:
+    """Every object has the digest that the root says, and there are no others."""
+    problems = [] if dataset.seal else ["it has no seal: another program wrote to it, or cut it"]
+    problems = [f"{dataset.path}: {text}" for text in problems]
+    with _noting(problems):
+        found = dataset.contents()
+        listed = dataset.attributes.get(CONTENTS)
+        told = dict(text.rsplit(" ", 1) for text in listed) if isinstance(listed, list) else {}
+        if content_sha256(told) != dataset.attributes.get(DIGEST):
+            problems.append(f"/: {DIGEST} is not that of the digests in {CONTENTS}")
+        for name in sorted(found.keys() | told.keys()):
+            if name not in told:
+                problems.append(f"{name} was not in the file when it was written")
+            elif name not in found:
+                problems.append(f"{name} is missing")
+            elif found[name] != told[name]:
+                problems.append(f"{name}: its contents have another digest than {CONTENTS} says")
+    return problems
 
 
 # --- what is said about the slices ---------------------------------------------------------------

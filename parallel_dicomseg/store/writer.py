@@ -41,7 +41,7 @@ from parallel_dicomseg.records import (
     Summary,
 )
 from parallel_dicomseg.store.disk import SYSTEM, Disk
-from parallel_dicomseg.store.hdf5 import Contents, chunk_index, write_contents
+from parallel_dicomseg.store.hdf5 import Metadata, chunk_index, write_metadata
 from parallel_dicomseg.store.journal import (
     JOURNAL_SUFFIX,
     JOURNAL_VERSION,
@@ -62,6 +62,7 @@ from parallel_dicomseg.store.journal import (
     records_of,
 )
 from parallel_dicomseg.store.lock import locked
+from parallel_dicomseg.store.sealing import seal_file
 from parallel_dicomseg.store.table import Columns, table_columns
 from parallel_dicomseg.store.unfinished import (
     MovedError,
@@ -347,31 +348,35 @@ class Hdf5Writer:
         records = np.concatenate(self._records)
         kept = np.flatnonzero(records["size"][:, 0])
         records = records[kept]
-        contents = self._contents(kept, records, found)
+        metadata = self._metadata(kept, records, found)
 
         def write(file: h5py.File) -> None:
             nonlocal found
-            found = write_contents(file, contents)
+            found = write_metadata(file, metadata)
 
         with _as_resumable(unfinished.data):
             unfinished.finish(self._rows, write)
             _compare(unfinished.data, records)
+            chunks = (
+                np.ascontiguousarray(records[name].T) for name in ("offset", "size", "crc32c")
+            )
+            seal_file(unfinished.data, *chunks, disk=self._disk)
             if self._output.exists() and not self._overwrite:
                 raise ResumableError(f"{self._output} has appeared meanwhile, it is left alone")
             unfinished.publish(self._output)
             unfinished.close()
             self._unfinished = None
             settle(self._output, self._disk)
-        return self._summary(contents, records, found)
+        return self._summary(metadata, records, found)
 
-    def _contents(self, kept: NDArray[Any], records: Records, found: Sequence[Problem]) -> Contents:
+    def _metadata(self, kept: NDArray[Any], records: Records, found: Sequence[Problem]) -> Metadata:
         whole = len(kept) == len(self._slices)
         slices = self._slices if whole else self._slices.take(kept)
         grid = self._grid[kept]
         table = table_columns(slices, measured_of(records), grid, self._identity)
         for k, name in enumerate(("image_crc32c", "mask_crc32c")):
             table[name] = np.ascontiguousarray(records["crc32c"][:, k])
-        return Contents(
+        return Metadata(
             layout=self._layout,
             slices=slices,
             kept=kept,
@@ -386,9 +391,9 @@ class Hdf5Writer:
         )
 
     def _summary(
-        self, contents: Contents, records: Records, problems: tuple[Problem, ...]
+        self, metadata: Metadata, records: Records, problems: tuple[Problem, ...]
     ) -> Summary:
-        table: Columns = contents.table
+        table: Columns = metadata.table
         counts = {
             name: int(np.count_nonzero(table["flags"] & (1 << bit)))
             for bit, name in enumerate(FLAGS)
@@ -396,7 +401,7 @@ class Hdf5Writer:
         return Summary(
             output=str(self._output),
             slices=self._rows,
-            patients=len(np.unique(contents.slices.patient_id)),
+            patients=len(np.unique(metadata.slices.patient_id)),
             rows=self._layout.rows,
             columns=self._layout.columns,
             structures=self._layout.structures,

@@ -20,11 +20,14 @@ from parallel_dicomseg.errors import ConfigurationError
 from parallel_dicomseg.private import make_private
 from parallel_dicomseg.records import Progress
 from parallel_dicomseg.store.attributes import CHECKSUM
+from parallel_dicomseg.store.contents import CONTENTS, DIGEST
 from parallel_dicomseg.store.dataset import ChunkedArray, Dataset
 from parallel_dicomseg.store.hdf5 import FORMAT, IMAGE_AXES
 
 SLICES_PER_SHARD = 1024
 _MARKER = "zarr.json"
+# Attributes that say of the HDF5 file what is not so of its mirror.
+_OF_HDF5 = (CHECKSUM, CONTENTS, DIGEST)
 _MISSING = np.uint64(2**64 - 1)
 
 
@@ -93,7 +96,7 @@ def _write_group(
 
     codec = mirror_codec(str(dataset.attributes["codec"]))
     group = zarr.open_group(str(directory), mode="w", zarr_format=3)
-    said = {name: value for name, value in dataset.attributes.items() if name != CHECKSUM}
+    said = {name: value for name, value in dataset.attributes.items() if name not in _OF_HDF5}
     group.attrs.update({**said, "codec": codec})
     for array in (dataset.images, dataset.masks):
         _create_array(group, array, codec, dataset.attributes_of(array.name))
