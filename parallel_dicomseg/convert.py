@@ -29,6 +29,7 @@ from parallel_dicomseg.dicom.decoders import decoder_for
 from parallel_dicomseg.dicom.pixels import read_images
 from parallel_dicomseg.drawing import draw_masks, structure_centers
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
+from parallel_dicomseg.limits import applied
 from parallel_dicomseg.plan import Plan, make_plan, tasks
 from parallel_dicomseg.rasterize import rasterize_batch
 from parallel_dicomseg.records import (
@@ -77,6 +78,11 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
 
     A slice that cannot be read is a value of the result, never an exception.
     """
+    with applied(task.limits):
+        return _encode_chunk(task)
+
+
+def _encode_chunk(task: ChunkTask) -> EncodedChunk:
     layout = task.layout
     n, shape = len(task.slices), (layout.rows, layout.columns)
     samples = (3,) if layout.samples == 3 else ()
@@ -235,7 +241,8 @@ def convert_cohort(
     workers = options.workers or os.cpu_count() or 1
     centers = None
     if options.fit == "structure":
-        centers = structure_centers(cohort, options.contour_origin)
+        with applied(options.limits):
+            centers = structure_centers(cohort, options.contour_origin)
     plan = make_plan(cohort, options, workers, centers)
     slices = plan.cohort.slices
     if options.strict:

@@ -24,7 +24,7 @@ PACKAGE = CHECKOUT / "parallel_dicomseg"
 LEVELS = (
     {"errors", "records"},
     {"jit"},
-    {"posix", "compressors", "chunks"},
+    {"posix", "compressors", "chunks", "files", "limits"},
     {"geometry", "rasterize", "codec", "text", "checks", "resample", "deidentify"},
     {"overlap"},
     {"dicom"},

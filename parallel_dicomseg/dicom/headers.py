@@ -50,6 +50,8 @@ from parallel_dicomseg.dicom.slow_headers import (
     read_header,
 )
 from parallel_dicomseg.dicom.walk import PIXELS, UNKNOWN, Walked, walk_files, walk_groups
+from parallel_dicomseg.files import open_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.posix import AVAILABLE
 from parallel_dicomseg.records import (
     Float64,
@@ -71,7 +73,6 @@ NOT_IMAGES = (
 
 _FILES_AT_ONCE = 4096
 _ROWS_AT_ONCE = 16384
-_LARGEST_GROUPS = 2**28
 # Encoded pixels that claim to be this many times as large are compared with their codestream.
 _SUSPICIOUS = 100
 _CODESTREAM_HEAD = 2**16
@@ -327,10 +328,8 @@ def read_groups(root: str, path: str, walked: Walked, i: int) -> FileHeader | Pr
         if length == 0:
             continue
         stop = pixel_offset if length < 0 else start + length
-        if stop - start > _LARGEST_GROUPS:
-            detail = (
-                f"functional groups of {stop - start} bytes, at most {_LARGEST_GROUPS} are read"
-            )
+        if stop - start > limits().header_bytes:
+            detail = f"functional groups of {stop - start} bytes, limit {limits().header_bytes}"
             return Problem(path, Reason.UNSUPPORTED_PIXELS, detail)
         try:
             raw = _read_bytes(Path(root) / path, start, stop)
@@ -347,7 +346,7 @@ def read_groups(root: str, path: str, walked: Walked, i: int) -> FileHeader | Pr
 
 
 def _read_bytes(file: Path, start: int, stop: int) -> bytes:
-    with file.open("rb") as stream:
+    with open_regular(file, limits().file_bytes) as stream:
         stream.seek(start)
         return stream.read(stop - start)
 

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -40,6 +38,8 @@ from parallel_dicomseg.dicom.elements import (
     pack,
     vr_kind,
 )
+from parallel_dicomseg.files import open_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import Problem, Reason, ScannedFile
 
 IMPLICIT_LITTLE_ENDIAN = b"1.2.840.10008.1.2"
@@ -52,9 +52,6 @@ DEFLATED = (
     b"1.2.840.10008.1.2.4.205",
 )
 
-#: More frames than this in one file are refused: a header can claim any number of them.
-MOST_FRAMES = 65536
-
 # An empty item of a sequence costs pydicom one read and most of all, about 30 microseconds.
 _MOST_READS = 20_000
 _LARGEST_READ = 2**24
@@ -62,7 +59,6 @@ _LARGEST_HEADER = 2**25
 _LARGEST_META = 2**16
 _EMPTY_ITEM_BYTES = 8
 _PREFIX_END = 132
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _VRS = frozenset(
     b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR "
     b"US UT UV".split()
@@ -92,7 +88,7 @@ class _UnreadableError(Exception):
     """The header cannot be read, and the text says why without quoting it."""
 
 
-class _Metered:
+class Metered:
     """A file that may be read only so often and so much at once."""
 
     def __init__(self, file: BinaryIO, left: Iterator[int]) -> None:
@@ -109,9 +105,14 @@ class _Metered:
             raise _UnreadableError(f"an element of {size} bytes, at most {_LARGEST_READ} are read")
         return self._file.read(size)
 
-    def over(self, raw: bytes) -> _Metered:
+    @classmethod
+    def of(cls, file: BinaryIO) -> Metered:
+        """A file on an account of its own."""
+        return cls(file, iter(range(_MOST_READS)))
+
+    def over(self, raw: bytes) -> Metered:
         """A value in memory, on the same account."""
-        return _Metered(BytesIO(raw), self._left)
+        return Metered(BytesIO(raw), self._left)
 
 
 def read_header(root: str, path: str) -> FileHeader | ScannedFile | Problem:
@@ -123,11 +124,8 @@ def read_header(root: str, path: str) -> FileHeader | ScannedFile | Problem:
     nor says so by its name; a Problem for one that cannot be read.
     """
     try:
-        descriptor = os.open(Path(root) / path, _FLAGS)
-        try:
-            return _read_open(descriptor, path)
-        finally:
-            os.close(descriptor)
+        with open_regular(f"{root}/{path}", limits().file_bytes) as file:
+            return _read_open(file, path)
     except Exception as error:  # noqa: BLE001 broken files make pydicom raise anything
         return _problem_of(path, error)
 
@@ -146,17 +144,24 @@ def _problem_of(path: str, error: BaseException) -> Problem:
     return Problem(path, Reason.NOT_DICOM, detail)
 
 
-def _read_open(descriptor: int, path: str) -> FileHeader | ScannedFile | Problem:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        return Problem(path, Reason.UNREADABLE_FILE, "not a regular file")
-    with os.fdopen(descriptor, "rb", closefd=False) as file:
-        start, encoding = _start_of(file, status.st_size)
-        if start < 0:
-            return _no_dicom(path, status.st_size)
-        # its warnings print tag values, and there is one per illegal UID
-        with quiet():
-            return _read(file, status.st_size, start, encoding)
+def _read_open(file: BinaryIO, path: str) -> FileHeader | ScannedFile | Problem:
+    size = os.fstat(file.fileno()).st_size
+    start, encoding = _start_of(file, size)
+    if start < 0:
+        return _no_dicom(path, size)
+    # its warnings print tag values, and there is one per illegal UID
+    with quiet():
+        return _read(file, size, start, encoding)
+
+
+def deflated_start(file: BinaryIO) -> int:
+    """Where the deflate stream of a file of that transfer syntax begins; -1 in any other file."""
+    start, encoding = _start_of(file, 0)
+    if start < 0 or encoding is not None:
+        return -1
+    file.seek(start)
+    end, meta = _read_meta(file.read(_LARGEST_META))
+    return start + end if meta.get(TRANSFER_SYNTAX_UID, b"").strip(b" \0") == DEFLATED[0] else -1
 
 
 def claims_dicom(path: str) -> bool:
@@ -222,7 +227,7 @@ def _read(file: BinaryIO, size: int, start: int, encoding: _Encoding | None) -> 
     file.seek(start)
     deflated = encoding.syntax in DEFLATED
     data = _inflate(file.read(_LARGEST_HEADER)) if deflated else file
-    metered = _Metered(data, iter(range(_MOST_READS)))
+    metered = Metered.of(data)
     pixels: list[tuple[int, int, int]] = []
 
     def at_pixels(tag: int, _: str | None, length: int) -> bool:
@@ -333,7 +338,7 @@ def _rewritten(dataset: Any, tag: int) -> bytes:
 def _with_sequences(
     header: dict[int, bytes],
     dataset: Any,
-    metered: _Metered,
+    metered: Metered,
     size: int,
     pixels: tuple[int, int, int],
 ) -> FileHeader:
@@ -353,15 +358,15 @@ def frames_of(values: Values) -> int:
     """Number of Frames of the first header, as far as it can be; the guards judge it."""
     start, length = values.spans[0, SLOT[NUMBER_OF_FRAMES]].tolist()
     text = values.raw[start : start + length].tobytes().strip(b" \0")
-    return max(1, min(int(text), MOST_FRAMES)) if text.isdigit() and len(text) < 10 else 1
+    return max(1, min(int(text), limits().frames)) if text.isdigit() and len(text) < 10 else 1
 
 
-def _groups(dataset: Any, tag: int, metered: _Metered) -> list[dict[int, bytes]]:
+def _groups(dataset: Any, tag: int, metered: Metered) -> list[dict[int, bytes]]:
     """The kept values of each item of a sequence of functional groups (PS3.3 C.7.6.16)."""
     return [_group(item, metered) for item in _items(dataset, tag, metered)]
 
 
-def _group(item: Any, metered: _Metered) -> dict[int, bytes]:
+def _group(item: Any, metered: Metered) -> dict[int, bytes]:
     """The values in the first item of every macro of one frame."""
     group: dict[int, bytes] = {}
     for tag in item.keys():  # noqa: SIM118 as above
@@ -390,7 +395,7 @@ def _kept_of_macro(macro: Any) -> dict[int, bytes]:
     return kept
 
 
-def _items(dataset: Any, tag: int, metered: _Metered) -> list[Any]:
+def _items(dataset: Any, tag: int, metered: Metered) -> list[Any]:
     """The items of a sequence; none where the element is no sequence or one of an empty item."""
     from pydicom.dataelem import RawDataElement
     from pydicom.filereader import read_sequence
@@ -415,7 +420,7 @@ def _items(dataset: Any, tag: int, metered: _Metered) -> list[Any]:
     )
 
 
-def _lut_range(dataset: Any, metered: _Metered) -> tuple[float, float]:
+def _lut_range(dataset: Any, metered: Metered) -> tuple[float, float]:
     """Lowest and highest value of the first modality lookup table (PS3.3 C.11.1.1)."""
     for item in _items(dataset, MODALITY_LUT_SEQUENCE, metered)[:1]:
         bits = int(item.LUTDescriptor[2])

@@ -1,0 +1,136 @@
+"""The few elements of a header that somebody wants, without a look into any other.
+
+pydicom parses every sequence of undefined length that it meets, item by item, at 30 microseconds
+each; a kernel steps over them. What is left is small, and counted before pydicom sees it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+
+from parallel_dicomseg.dicom.walk import (
+    _ITEM,
+    _ITEM_DELIMITATION,
+    _ITEM_GROUP,
+    _LONG_VR,
+    _SEQUENCE_VR,
+    _SLACK,
+    _UNDEFINED_LENGTH,
+    _element_head,
+    _is_sequence,
+    _tag,
+    _value_end,
+)
+from parallel_dicomseg.jit import kernel
+from parallel_dicomseg.records import Int64, UInt8
+
+_META_GROUP = 2
+
+
+def skim(
+    raw: bytes, start: int, explicit: bool, wanted: Collection[int]
+) -> tuple[bytes, int] | None:
+    """The wanted elements of a little-endian data set, ascending by tag, as bytes.
+
+    Parameters
+    ----------
+    raw
+        The data set, or as much of it as is needed.
+    start
+        Where in `raw` it begins; a file meta group there is stepped over.
+    explicit
+        Whether its elements have a VR.
+    wanted
+        Tags of the top level; the largest of them ends the search, as do larger ones.
+
+    Returns
+    -------
+    Their bytes one after another, and where the search ended: at an element beyond the largest tag,
+    or at the end. None where the bytes are no such data set.
+    """
+    tags = np.array(sorted(wanted), np.int64)
+    padded = np.frombuffer(bytearray(raw) + bytes(_SLACK), np.uint8)
+    spans = np.zeros((len(tags), 2), np.int64)
+    end = int(_top_level(padded, start, len(raw), explicit, _LONG_VR, tags, spans))
+    if end < 0:
+        return None
+    return b"".join(raw[first:last] for first, last in spans.tolist()), end
+
+
+@kernel
+def _top_level(
+    raw: UInt8,
+    start: int,
+    stop: int,
+    explicit: bool,
+    long_vr: UInt8,
+    tags: Int64,
+    spans: Int64,
+) -> int:
+    """Where the wanted elements begin and end; -1: not understood."""
+    at, meta = start, True
+    while at + 8 <= stop:
+        tag = _tag(raw, at)
+        meta = meta and tag >> 16 == _META_GROUP
+        if tag > tags[-1]:
+            return at
+        if tag >> 16 == _ITEM_GROUP:
+            return -1
+        length, head, _ = _element_head(raw, at, explicit or meta, long_vr)
+        if head < 0:
+            return -1
+        end = _value_end(raw, at + head, length, stop, explicit or meta, long_vr)
+        if end < 0:
+            return -1
+        slot = np.searchsorted(tags, tag)
+        if tags[slot] == tag:
+            spans[slot, 0] = at
+            spans[slot, 1] = end
+        at = end
+    return at
+
+
+def census(raw: bytes, explicit: bool) -> tuple[int, int]:
+    """How much there is to parse in a little-endian data set.
+
+    Returns
+    -------
+    Elements and items at any depth, and how many sequences are inside one another; both only as far
+    as the bytes make sense.
+    """
+    padded = np.frombuffer(bytearray(raw) + bytes(_SLACK), np.uint8)
+    elements, depth = _census(padded, len(raw), explicit, _LONG_VR)
+    return int(elements), int(depth)
+
+
+@kernel
+def _census(raw: UInt8, stop: int, explicit: bool, long_vr: UInt8) -> tuple[int, int]:
+    """See `census`: sequences are entered, all else is stepped over."""
+    ends = np.empty(4096, np.int64)
+    at, elements, depth, deepest = 0, 0, 0, 0
+    while at + 8 <= stop:
+        while depth > 0 and 0 <= ends[depth - 1] <= at:
+            depth -= 1
+        tag = _tag(raw, at)
+        elements += 1
+        if tag >> 16 == _ITEM_GROUP:
+            if tag not in (_ITEM, _ITEM_DELIMITATION) and depth > 0:
+                depth -= 1
+            at += 8
+            continue
+        length, head, vr = _element_head(raw, at, explicit, long_vr)
+        if head < 0:
+            return elements, deepest
+        at += head
+        undefined = length == _UNDEFINED_LENGTH
+        if undefined or vr == _SEQUENCE_VR or _is_sequence(raw, at, length, vr, stop):
+            if depth == len(ends):
+                return elements, depth
+            ends[depth] = -1 if undefined else at + length
+            depth += 1
+            deepest = max(deepest, depth)
+        else:
+            at += length
+    return elements, deepest
