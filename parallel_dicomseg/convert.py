@@ -27,6 +27,7 @@ from parallel_dicomseg.compressors import room_for
 from parallel_dicomseg.deidentify import Policy, conceal_paths, policy_of
 from parallel_dicomseg.dicom.decoders import decoder_for
 from parallel_dicomseg.dicom.pixels import read_images
+from parallel_dicomseg.dicom.sandbox import close_decoders
 from parallel_dicomseg.drawing import draw_masks, structure_centers
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.limits import applied
@@ -377,3 +378,4 @@ def run(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[EncodedCh
         finally:
             for future in pending:
                 future.cancel()
+    close_decoders()

@@ -479,7 +479,7 @@ class Limits:
     """Sequences inside one another, in the same."""
     inflated_bytes: int = 2**29
     """What a deflated data set may inflate to."""
-    image_pixels: int = 2**28
+    image_pixels: int = 2**26
     """Rows x columns of a frame."""
     frames: int = 65536
     """Of one file."""
@@ -494,7 +494,7 @@ class Limits:
     table_bytes: int = 2**24
     """Of link.csv and the like."""
     xml_bytes: int = 2**25
-    xml_elements: int = 2**18
+    xml_elements: int = 2**20
     """Tags of an XML file; an element has two."""
     decode_seconds: float = 10.0
     """For one compressed frame, and a second more for each 4 MiB of it."""

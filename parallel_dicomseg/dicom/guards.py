@@ -38,6 +38,8 @@ _COLOR = {
 # How many times its own size an encoding can unpack to at most: two bytes of RLE are 128 (PS3.5
 # G.3.1), deflate's longest match is 258 bytes for two bits (RFC 1951).
 _MOST_UNPACKED = ((b"1.2.840.10008.1.2.5", 64), *((uid, 1032) for uid in _DEFLATED))
+# The head of a fragment and the shortest content (PS3.5 A.4).
+_LEAST_FRAME = 10
 #: Smaller frames may be any number of times as large as their file: an empty one takes few bytes.
 LARGE_FRAME_BYTES = 2**25
 _BITS_ALLOCATED = (1, 8, 16, 24, 32, 40, 48, 56, 64)
@@ -104,6 +106,12 @@ def _find_large_frames(columns: dict[str, Any], add: _Add) -> None:
         rows.astype(np.int64) * width > most,
         Reason.UNSUPPORTED_PIXELS,
         lambda i: f"Rows x Columns = {rows[i]} x {width[i]} pixels, limit {most}",
+    )
+    frames, encoded = columns["number_of_frames"], columns["pixel_length"] < 0
+    add(
+        encoded & (frames * _LEAST_FRAME > size),
+        Reason.PIXEL_DATA_SHORT,
+        lambda i: f"(0028,0008) Number of Frames is {frames[i]:g} in a file of {size[i]} bytes",
     )
     frame = pixel_bytes(columns, np.ones(len(rows)))
     add(

@@ -29,7 +29,7 @@ from parallel_dicomseg.dicom.decoders import (
 from parallel_dicomseg.dicom.elements import TRANSFER_SYNTAX_UID, value_of
 from parallel_dicomseg.dicom.guards import LARGE_FRAME_BYTES
 from parallel_dicomseg.dicom.skim import census, skim
-from parallel_dicomseg.dicom.slow_headers import Metered, deflated_start
+from parallel_dicomseg.dicom.slow_headers import Metered, find_data_set
 from parallel_dicomseg.dicom.walk import PIXELS, walk_files
 from parallel_dicomseg.files import open_regular
 from parallel_dicomseg.limits import limits
@@ -196,15 +196,15 @@ def _dataset(raw: bytes, explicit: bool) -> Any:
     return read_dataset(io.BytesIO(raw), is_implicit_VR=not explicit, is_little_endian=True)
 
 
-def check_census(raw: bytes, explicit: bool) -> None:
-    """Refuse a little-endian data set that takes pydicom long to parse.
+def check_census(raw: bytes, explicit: bool, start: int = 0) -> None:
+    """Refuse a little-endian data set at `start` that takes pydicom long to parse.
 
     Raises
     ------
     FrameError
         It has too many elements, or sequences inside one another.
     """
-    elements, depth = census(raw, explicit)
+    elements, depth = census(raw, start, explicit)
     if elements > limits().header_elements:
         detail = f"the header has {elements} elements and items, limit {limits().header_elements}"
         raise FrameError(Reason.UNREADABLE_FILE, detail)
@@ -217,8 +217,8 @@ def _read_odd(stream: BinaryIO, wanted: Collection[int]) -> _Opened:
     """A header in another byte order, deflated, without preamble or malformed."""
     from pydicom import dcmread
 
-    start = deflated_start(stream)
-    if start >= 0:
+    start, encoding = find_data_set(stream, os.fstat(stream.fileno()).st_size)
+    if start >= 0 and encoding.is_deflated:
         return _read_deflated(stream, start, wanted)
     stream.seek(0)
     dataset = dcmread(
@@ -345,6 +345,9 @@ def _find_frames(stream: BinaryIO, frames: int, size: int) -> dict[str, Any]:
             raise FrameError(Reason.UNDECODABLE_PIXELS, detail)
         first = stream.seek(start + 8 + table)
         offsets, lengths = _fragments(stream, frames + _MORE_FRAGMENTS, size)
+        if len(offsets) < frames:
+            detail = f"{len(offsets)} fragments for (0028,0008) Number of Frames {frames}"
+            raise FrameError(Reason.PIXEL_DATA_SHORT, detail)
         if frames == 1 or table or len(offsets) != frames:
             return {}
         return {"extended_offsets": ([at - first for at in offsets], lengths)}

@@ -92,16 +92,18 @@ def _top_level(
     return at
 
 
-def census(raw: bytes, explicit: bool) -> tuple[int, int]:
-    """How much there is to parse in a little-endian data set.
+def census(raw: bytes, start: int, explicit: bool) -> tuple[int, int]:
+    """How much there is to parse in the little-endian data set at `start`.
 
     Returns
     -------
-    Elements and items at any depth, and how many sequences are inside one another; both only as far
-    as the bytes make sense.
+    Elements and items at any depth (where the bytes make no sense: as many as the rest could be),
+    and how many sequences are inside one another.
     """
-    padded = np.frombuffer(bytearray(raw) + bytes(_SLACK), np.uint8)
-    elements, depth = _census(padded, len(raw), explicit, _LONG_VR)
+    padded = np.empty(len(raw) - start + _SLACK, np.uint8)
+    padded[:-_SLACK] = np.frombuffer(raw, np.uint8, offset=start) if len(raw) > start else 0
+    padded[-_SLACK:] = 0
+    elements, depth = _census(padded, len(raw) - start, explicit, _LONG_VR)
     return int(elements), int(depth)
 
 
@@ -122,12 +124,12 @@ def _census(raw: UInt8, stop: int, explicit: bool, long_vr: UInt8) -> tuple[int,
             continue
         length, head, vr = _element_head(raw, at, explicit, long_vr)
         if head < 0:
-            return elements, deepest
+            return elements + (stop - at) // 8, deepest
         at += head
         undefined = length == _UNDEFINED_LENGTH
         if undefined or vr == _SEQUENCE_VR or _is_sequence(raw, at, length, vr, stop):
             if depth == len(ends):
-                return elements, depth
+                return elements + (stop - at) // 8, depth
             ends[depth] = -1 if undefined else at + length
             depth += 1
             deepest = max(deepest, depth)

@@ -154,16 +154,6 @@ def _read_open(file: BinaryIO, path: str) -> FileHeader | ScannedFile | Problem:
         return _read(file, size, start, encoding)
 
 
-def deflated_start(file: BinaryIO) -> int:
-    """Where the deflate stream of a file of that transfer syntax begins; -1 in any other file."""
-    start, encoding = _start_of(file, 0)
-    if start < 0 or encoding is not None:
-        return -1
-    file.seek(start)
-    end, meta = _read_meta(file.read(_LARGEST_META))
-    return start + end if meta.get(TRANSFER_SYNTAX_UID, b"").strip(b" \0") == DEFLATED[0] else -1
-
-
 def claims_dicom(path: str) -> bool:
     """Whether a file says by its suffix that it is DICOM."""
     return _CLAIMS_DICOM.search(path) is not None
@@ -178,15 +168,21 @@ def _no_dicom(path: str, size: int) -> ScannedFile | Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoding:
+class Encoding:
     """How a data set is written."""
 
     syntax: bytes
+    """Transfer syntax UID."""
     implicit: bool
     little: bool
 
+    @property
+    def is_deflated(self) -> bool:
+        """Whether it is an image's or annotation's data set in one deflate stream."""
+        return self.syntax == DEFLATED[0]
 
-def _start_of(file: BinaryIO, size: int) -> tuple[int, _Encoding | None]:
+
+def _start_of(file: BinaryIO, size: int) -> tuple[int, Encoding | None]:
     """Where the first element is, and how it is written where no file meta group says so.
 
     -1 where there is none: a data set at byte 0 must begin as one does (PS3.5 7.1).
@@ -200,7 +196,7 @@ def _start_of(file: BinaryIO, size: int) -> tuple[int, _Encoding | None]:
     return (-1, None) if encoding is None else (0, encoding)
 
 
-def _guess(head: bytes, size: int) -> _Encoding | None:
+def _guess(head: bytes, size: int) -> Encoding | None:
     """How a data set is written that begins with these bytes; None where it is none."""
     if len(head) < 8:
         return None
@@ -209,21 +205,41 @@ def _guess(head: bytes, size: int) -> _Encoding | None:
         if group != 8 or element > 0x70:
             continue
         if head[4:6] in _VRS:
-            return _Encoding(explicit_syntax, False, order == "<")
+            return Encoding(explicit_syntax, False, order == "<")
         if order == "<" and struct.unpack_from("<I", head, 4)[0] <= min(size - 8, 256):
-            return _Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
+            return Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
     return None
 
 
-def _read(file: BinaryIO, size: int, start: int, encoding: _Encoding | None) -> FileHeader:
+def find_data_set(file: BinaryIO, size: int) -> tuple[int, Encoding]:
+    """Where the data set of a file begins, behind the file meta group, and how it is written.
+
+    -1 where there is none. Raises whatever a broken file meta group makes.
+    """
+    start, encoding = _start_of(file, size)
+    if start < 0:
+        return -1, Encoding(b"", True, True)
+    start, encoding, _ = _after_meta(file, size, start, encoding)
+    return start, encoding
+
+
+def _after_meta(
+    file: BinaryIO, size: int, start: int, encoding: Encoding | None
+) -> tuple[int, Encoding, dict[int, bytes]]:
+    """Where the data set begins, how it is written, and what the meta group before it says."""
+    if encoding is not None:
+        return start, encoding, {}
+    file.seek(start)
+    position, meta = _read_meta(file.read(_LARGEST_META))
+    start += position
+    encoding = _encoding_of(file, size, start, meta.get(TRANSFER_SYNTAX_UID, b""))
+    return start, encoding, meta
+
+
+def _read(file: BinaryIO, size: int, start: int, encoding: Encoding | None) -> FileHeader:
     from pydicom.filereader import read_dataset
 
-    meta: dict[int, bytes] = {}
-    if encoding is None:
-        file.seek(start)
-        position, meta = _read_meta(file.read(_LARGEST_META))
-        start += position
-        encoding = _encoding_of(file, size, start, meta.get(TRANSFER_SYNTAX_UID, b""))
+    start, encoding, meta = _after_meta(file, size, start, encoding)
     file.seek(start)
     deflated = encoding.syntax in DEFLATED
     data = _inflate(file.read(_LARGEST_HEADER)) if deflated else file
@@ -268,13 +284,13 @@ def _read_meta(head: bytes) -> tuple[int, dict[int, bytes]]:
     return at, kept
 
 
-def _encoding_of(file: BinaryIO, size: int, start: int, raw_syntax: bytes) -> _Encoding:
+def _encoding_of(file: BinaryIO, size: int, start: int, raw_syntax: bytes) -> Encoding:
     """How the data set at `start` is written, by its transfer syntax (PS3.5 A) or its beginning."""
     syntax = raw_syntax.strip(b" \0")
     if not syntax:
         file.seek(start)
-        return _guess(file.read(8), size) or _Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
-    return _Encoding(syntax, syntax == IMPLICIT_LITTLE_ENDIAN, syntax != EXPLICIT_BIG_ENDIAN)
+        return _guess(file.read(8), size) or Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
+    return Encoding(syntax, syntax == IMPLICIT_LITTLE_ENDIAN, syntax != EXPLICIT_BIG_ENDIAN)
 
 
 def _inflate(raw: bytes) -> BinaryIO:

@@ -18,7 +18,9 @@ of readers who must have marked a pixel.
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -28,6 +30,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.files import open_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.rasterize import rasterize_contours
 from parallel_dicomseg.records import (
     Annotation,
@@ -63,8 +67,12 @@ _X_RAY_ROOT = "{http://www.nih.gov/idri}IdriReadMessage"
 _ROOT_NAMES = (b"LidcReadMessage", b"IdriReadMessage")
 # The root element stands in the first bytes of a file.
 _HEAD_BYTES = 4096
-# The largest of the 1,018 CT files have about 2 MB.
-_MAX_BYTES = 32 * 2**20
+# The longest outline has less than 1,000 pixels: a jump to and fro costs as many as it is long.
+_MAX_OUTLINE = 2**20
+# What the bytes of a tag are counted in: other encodings may write it otherwise.
+_ENCODING = re.compile(
+    rb"""^[^>]*\bencoding\s*=\s*["'](?!(?:utf-8|us-ascii|iso-8859-1)["'])""", re.IGNORECASE
+)
 _MAX_COORDINATE = 65535
 _AXIAL = np.array([0.0, 0.0, 1.0])
 
@@ -205,7 +213,7 @@ def _oddities(counts: Counts) -> Iterator[Flaw]:
         yield Reason.NO_AREA, f"{parts}; {counts.outlines} outlines are used{kept}"
     if counts.unusable:
         detail = f"{counts.unusable} regions without whole coordinates up to {_MAX_COORDINATE}"
-        yield Reason.BAD_CONTOUR, f"{detail} or without inclusion"
+        yield Reason.BAD_CONTOUR, f"{detail}, without inclusion, or longer than any outline"
 
 
 def _annotations(
@@ -496,14 +504,15 @@ def _line(start: Int64, end: Int64) -> Int64:
 
 
 def _parse(file: Path, size: int) -> Reading | Flaw:
-    with file.open("rb") as stream:
+    with open_regular(file, limits().file_bytes) as stream:
         head = stream.read(_HEAD_BYTES)
         if not any(root in head for root in _ROOT_NAMES):
             return _OTHER_XML
-        if size > _MAX_BYTES:
-            return Reason.UNREADABLE_FILE, f"{size} bytes, the largest allowed are {_MAX_BYTES}"
+        if size > limits().xml_bytes:
+            return Reason.UNREADABLE_FILE, f"{size} bytes, limit {limits().xml_bytes}"
         stream.seek(0)
-        root = _root_element(stream)
+        raw = stream.read(limits().xml_bytes)
+    root = _flaw_of(raw) or _root_element(io.BytesIO(raw))
     if isinstance(root, tuple):
         return root
     if root.tag == _X_RAY_ROOT:
@@ -512,6 +521,18 @@ def _parse(file: Path, size: int) -> Reading | Flaw:
 
 
 _load = ParsedFiles(_parse, most=32).load
+
+
+def _flaw_of(raw: bytes) -> Flaw | None:
+    """Why XML is not parsed: every tag has its '<', every attribute its '='."""
+    if _ENCODING.match(raw):
+        return Reason.UNREADABLE_FILE, "XML in another encoding than UTF-8 is not read"
+    most = limits().xml_elements
+    for sign, what in ((b"<", "tags"), (b"=", "attributes")):
+        count = raw.count(sign)
+        if count > most:
+            return Reason.UNREADABLE_FILE, f"XML of {count} {what}, limit {most}"
+    return None
 
 
 def _root_element(stream: BinaryIO) -> Any | Flaw:
@@ -592,6 +613,9 @@ def _points_of(roi: Any) -> tuple[Int64 | None, Counts]:
     repeated = int((steps == 0).sum())
     if repeated == len(steps):
         return points[:1], Counts(marks=1, repeated_points=repeated)
+    length = int(steps.sum())
+    if length > _MAX_OUTLINE:
+        return None, Counts(unusable=1)
     is_open = bool((points[0] != points[-1]).any())
     counts = Counts(
         outlines=1,

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.geometry import heights_above, planes_of, to_pixels
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import (
     Annotation,
     AnnotationRefs,
@@ -199,6 +200,9 @@ def _rings(structure_set: StructureSet) -> tuple[_Rings, _Fates]:
     for k in np.flatnonzero(claimed > counts).tolist():
         text = f"ContourData has {counts[k]} point(s), NumberOfContourPoints is {claimed[k]}"
         errors.setdefault(k, text)
+    most = limits().contour_points
+    for k in np.flatnonzero(counts > most).tolist():
+        errors.setdefault(k, f"ContourData has {counts[k]} points, limit {most}")
     fates |= {kept[k]: (Reason.BAD_CONTOUR, text) for k, text in errors.items()}
     rois = np.array([outlines[k].roi for k in kept], np.int64)
     good = np.array([k not in errors for k in range(len(kept))], np.bool_)
