@@ -92,6 +92,7 @@ _HELP = {
     "limits.structure_set_bytes": "Bytes of an RTSTRUCT file.",
     "limits.contour_bytes": "Bytes of a text file with one outline.",
     "limits.contour_points": "Points of one outline.",
+    "limits.contours_per_slice": "Contours of one structure of an RTSTRUCT on a slice.",
     "limits.table_bytes": "Bytes of link.csv and the like.",
     "limits.xml_bytes": "Bytes of an XML file.",
     "limits.xml_elements": "Tags of an XML file.",

@@ -489,12 +489,14 @@ class Limits:
     """Of an RTSTRUCT file, also inflated: all of it is in memory."""
     contour_bytes: int = 2**24
     """Of a text file with one outline."""
-    contour_points: int = 2**18
+    contour_points: int = 2**16
     """Of one outline."""
+    contours_per_slice: int = 512
+    """Of one structure of an RTSTRUCT: which of them overlap takes the square of it."""
     table_bytes: int = 2**24
     """Of link.csv and the like."""
     xml_bytes: int = 2**25
-    xml_elements: int = 2**20
+    xml_elements: int = 2**19
     """Tags of an XML file; an element has two."""
     decode_seconds: float = 10.0
     """For one compressed frame, and a second more for each 4 MiB of it."""

@@ -42,6 +42,7 @@ from parallel_dicomseg.dicom.elements import (
     value_of,
 )
 from parallel_dicomseg.dicom.guards import find_problems, pixel_bytes
+from parallel_dicomseg.dicom.opened import FrameError, find_frames
 from parallel_dicomseg.dicom.slow_headers import (
     IMPLICIT_LITTLE_ENDIAN,
     FileHeader,
@@ -384,6 +385,7 @@ def _judge(
     classes = columns["sop_class_uid"]
     rejected: dict[int, ScannedFile | Problem] = {
         **_find_false_sizes(names.root, columns, paths),
+        **_find_false_frames(names.root, columns, rows, paths),
         **find_problems(columns, paths),
     }
     for k in np.flatnonzero(np.isin(classes, NOT_IMAGES)).tolist():
@@ -412,6 +414,30 @@ def _find_false_sizes(
                 f"(0028,0011) Columns is {expected[0]} x {expected[1]}"
             )
             problems[i] = Problem(paths[i], Reason.IMAGE_SIZE_DIFFERS, detail)
+    return problems
+
+
+def _find_false_frames(
+    root: str, columns: dict[str, Any], rows: _Rows, paths: Sequence[str]
+) -> dict[int, Problem]:
+    """Files of several encoded frames whose fragments cannot be these frames.
+
+    Once for each file: a task that opened it would find out again.
+    """
+    frames = columns["number_of_frames"]
+    several = (frames > 1) & (frames <= limits().frames) & (columns["pixel_length"] < 0)
+    several &= columns["pixel_offset"] >= 0
+    several[1:] &= np.diff(rows.file) != 0
+    problems = {}
+    for i in np.flatnonzero(several).tolist():
+        try:
+            with open_regular(Path(root) / paths[i], limits().file_bytes) as stream:
+                stream.seek(int(columns["pixel_offset"][i]))
+                find_frames(stream, int(frames[i]), int(columns["file_size"][i]))
+        except FrameError as error:
+            problems[i] = Problem(paths[i], error.reason, error.detail)
+        except OSError:
+            continue  # whoever reads the pixels tells
     return problems
 
 

@@ -63,6 +63,8 @@ _SEQUENCE_TAGS = frozenset({0x00283000})
 _DEFLATED_HEADER = 2**25
 # Beyond one for each frame; frames of large files come in several.
 _MORE_FRAGMENTS = 2**16
+# Where no table says which fragments are a frame's, pydicom looks at all of them for every frame.
+_MOST_STEPS = 2**25
 
 
 class FrameError(Exception):
@@ -141,7 +143,7 @@ def open_image(file: Path, also: Collection[int] = ()) -> Iterator[OpenImage]:
         size = os.fstat(stream.fileno()).st_size
         _check_claims(options, size)
         if opened.syntax not in NATIVE:
-            places = _find_frames(opened.pixels, int(options["number_of_frames"]), size)
+            places = find_frames(opened.pixels, int(options["number_of_frames"]), size)
             if "extended_offsets" not in options:
                 options |= places
         yield OpenImage(opened.dataset, opened.pixels, start, decoder, options)
@@ -324,7 +326,7 @@ def inflate(raw: bytes, most: int) -> bytes:
 # --- encapsulated frames --------------------------------------------------------------------------
 
 
-def _find_frames(stream: BinaryIO, frames: int, size: int) -> dict[str, Any]:
+def find_frames(stream: BinaryIO, frames: int, size: int) -> dict[str, Any]:
     """Where each of several frames is, as an extended offset table, where the file has no table.
 
     pydicom would walk through all fragments for every single frame.
@@ -345,10 +347,15 @@ def _find_frames(stream: BinaryIO, frames: int, size: int) -> dict[str, Any]:
             raise FrameError(Reason.UNDECODABLE_PIXELS, detail)
         first = stream.seek(start + 8 + table)
         offsets, lengths = _fragments(stream, frames + _MORE_FRAGMENTS, size)
-        if len(offsets) < frames:
+        if not table and len(offsets) < frames:
             detail = f"{len(offsets)} fragments for (0028,0008) Number of Frames {frames}"
             raise FrameError(Reason.PIXEL_DATA_SHORT, detail)
-        if frames == 1 or table or len(offsets) != frames:
+        if frames == 1 or table:
+            return {}
+        if len(offsets) != frames:
+            if frames * len(offsets) > _MOST_STEPS:
+                detail = f"{frames} frames in {len(offsets)} fragments without a table of offsets"
+                raise FrameError(Reason.UNDECODABLE_PIXELS, detail)
             return {}
         return {"extended_offsets": ([at - first for at in offsets], lengths)}
     finally:

@@ -18,14 +18,14 @@ of readers who must have marked a pixel.
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -69,6 +69,8 @@ _ROOT_NAMES = (b"LidcReadMessage", b"IdriReadMessage")
 _HEAD_BYTES = 4096
 # The longest outline has less than 1,000 pixels: a jump to and fro costs as many as it is long.
 _MAX_OUTLINE = 2**20
+# A point's coordinate is the sixth element from the root.
+_MAX_DEPTH = 32
 # What the bytes of a tag are counted in: other encodings may write it otherwise.
 _ENCODING = re.compile(
     rb"""^[^>]*\bencoding\s*=\s*["'](?!(?:utf-8|us-ascii|iso-8859-1)["'])""", re.IGNORECASE
@@ -512,7 +514,7 @@ def _parse(file: Path, size: int) -> Reading | Flaw:
             return Reason.UNREADABLE_FILE, f"{size} bytes, limit {limits().xml_bytes}"
         stream.seek(0)
         raw = stream.read(limits().xml_bytes)
-    root = _flaw_of(raw) or _root_element(io.BytesIO(raw))
+    root = _flaw_of(raw) or _root_element(raw)
     if isinstance(root, tuple):
         return root
     if root.tag == _X_RAY_ROOT:
@@ -535,17 +537,42 @@ def _flaw_of(raw: bytes) -> Flaw | None:
     return None
 
 
-def _root_element(stream: BinaryIO) -> Any | Flaw:
+def _root_element(raw: bytes) -> Any | Flaw:
     """The root of an XML file without a document type, and so without entities."""
     from defusedxml import ElementTree
     from defusedxml.common import DefusedXmlException
 
     try:
-        return ElementTree.parse(stream, forbid_dtd=True).getroot()
+        parser = ElementTree.XMLParser(target=_shallow_builder()(), forbid_dtd=True)
+        parser.feed(raw)
+        return parser.close()
     except DefusedXmlException:
         return Reason.UNREADABLE_FILE, "XML that declares types or entities is not read"
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         return Reason.UNREADABLE_FILE, f"not well-formed XML ({type(error).__name__})"
+
+
+@cache
+def _shallow_builder() -> Any:
+    """A TreeBuilder that refuses elements too deep inside one another."""
+    from xml.etree.ElementTree import TreeBuilder
+
+    class Shallow(TreeBuilder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depth = 0
+
+        def start(self, tag: str, attributes: Any) -> Any:
+            self.depth += 1
+            if self.depth > _MAX_DEPTH:
+                raise ValueError
+            return super().start(tag, attributes)
+
+        def end(self, tag: str) -> Any:
+            self.depth -= 1
+            return super().end(tag)
+
+    return Shallow
 
 
 def parse_reading(root: Any) -> Reading:
