@@ -2,11 +2,12 @@
 
     python tests/survive_mutants.py --rounds 20000 --seed 1
 
-Every round damages one real or generated file: each transfer syntax at hand, RTSTRUCT, SEG, outlines
-in text, link.csv and LIDC XML. The mutants of a batch lie in one cohort together with what belongs
-to them; a process of its own scans and converts it, watched from outside. A run ends well where it
-finishes (or refuses the cohort in one sentence, as it may where link.csv is damaged), where every
-mutant is converted or listed with a reason, and every undamaged image beside it is converted.
+Every round damages one real or generated file: each transfer syntax at hand, RTSTRUCT, SEG,
+outlines in text, link.csv and LIDC XML. The mutants of a batch lie in one cohort together with what
+belongs to them; a process of its own scans and converts it, watched from outside. A run ends well
+where it finishes, where every mutant is converted or listed with a reason, and every undamaged
+image beside it is converted. A damaged link.csv has a cohort of its own, which may be refused in one
+sentence.
 
 What it finds is to be made smaller with --one and becomes a test.
 """
@@ -18,7 +19,6 @@ import io
 import json
 import random
 import resource
-import shutil
 import signal
 import subprocess
 import sys
@@ -32,11 +32,13 @@ from typing import Any
 
 MOST_SECONDS = 10.0
 """For one mutant, beyond what its batch takes without it; a batch of all is killed much later."""
+DECODE_SECONDS = 1.0
+"""After which a decoder is stopped here: some mutants do make one hang, and 10 s each is long."""
 MOST_BYTES = 3 << 30
 """Address space of a run."""
 
-CHECKOUT = Path(__file__).resolve().parents[1]
-BATCH = 100
+BATCH = 250
+COHORT = "cohort"
 #: Larger files are left out: a round should take milliseconds.
 MOST_SEED_BYTES = 600_000
 _TAGS = (0x00280010, 0x00280011, 0x00280100, 0x00280101, 0x00280002, 0x00280008, 0x7FE00010)
@@ -65,7 +67,7 @@ class Counts:
     crashes: list[str] = field(default_factory=list)
     hangs: list[str] = field(default_factory=list)
     lost: list[str] = field(default_factory=list)
-    """Mutants that are neither converted nor listed, and undamaged images that are not converted."""
+    """Mutants neither converted nor listed, and undamaged images that are not converted."""
     rss_bytes: int = 0
     slowest: float = 0.0
 
@@ -121,7 +123,7 @@ def kind_of(content: bytes) -> str:
 
 
 def _generated() -> Iterator[bytes]:
-    """A small image in transfer syntaxes that pydicom's wheel has no file of, and structure sets."""
+    """A small image in transfer syntaxes of which pydicom has no file, and structure sets."""
     import imagecodecs
     import numpy as np
     from pydicom import dcmread
@@ -130,9 +132,14 @@ def _generated() -> Iterator[bytes]:
     from parallel_dicomseg.phantoms import make_rtstruct_series
 
     with tempfile.TemporaryDirectory() as folder:
-        for k, syntax in enumerate(("1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99")):
+        for k, syntax in enumerate(
+            ("1.2.840.10008.1.2.1", "1.2.840.10008.1.2", "1.2.840.10008.1.2.1.99")
+        ):
             made = make_rtstruct_series(
-                Path(folder, str(k)), shape=(3, 24, 24), transfer_syntax=syntax, undefined_lengths=k == 1
+                Path(folder, str(k)),
+                shape=(3, 24, 24),
+                transfer_syntax=syntax,
+                undefined_lengths=k == 1,
             )
             yield Path(made.directory, made.structure_set_path).read_bytes()
             yield Path(made.directory, made.image_paths[0]).read_bytes()
@@ -140,12 +147,17 @@ def _generated() -> Iterator[bytes]:
     pixels = np.clip(plain.pixel_array, 0, 4000).astype("<u2")
     small = (pixels // 16).astype("u1")
     jpeg = "1.2.840.10008.1.2.4"
+    j2k = {"codecformat": "j2k"}
     encoders: dict[str, tuple[Any, Callable[..., bytes], dict[str, Any]]] = {
         f"{jpeg}.50": (small, imagecodecs.jpeg8_encode, {"level": 90}),
         f"{jpeg}.70": (pixels, imagecodecs.jpeg8_encode, {"lossless": True, "bitspersample": 12}),
         f"{jpeg}.80": (pixels, imagecodecs.jpegls_encode, {}),
-        f"{jpeg}.90": (pixels, imagecodecs.jpeg2k_encode, {"reversible": True, "codecformat": "j2k"}),
-        f"{jpeg}.91": (pixels, imagecodecs.jpeg2k_encode, {"level": 40, "codecformat": "j2k"}),
+        f"{jpeg}.90": (
+            pixels,
+            imagecodecs.jpeg2k_encode,
+            {"reversible": True, **j2k},
+        ),
+        f"{jpeg}.91": (pixels, imagecodecs.jpeg2k_encode, {"level": 40, **j2k}),
         f"{jpeg}.201": (pixels, imagecodecs.htj2k_encode, {"reversible": True}),
         f"{jpeg}.203": (pixels, imagecodecs.htj2k_encode, {"reversible": True}),
         f"{jpeg}.110": (pixels, imagecodecs.jpegxl_encode, {"lossless": True}),
@@ -208,6 +220,14 @@ def _flip_in_head(content: bytearray, chance: random.Random, _: Sequence[Seed]) 
     return content
 
 
+def _flip_late(content: bytearray, chance: random.Random, _: Sequence[Seed]) -> bytearray:
+    """In what decoders read."""
+    first = min(len(content) - 1, 1200)
+    for _ in range(chance.choice((1, 2, 8))):
+        content[chance.randrange(first, len(content))] ^= 1 << chance.randrange(8)
+    return content
+
+
 def _cut(content: bytearray, chance: random.Random, _: Sequence[Seed]) -> bytearray:
     return content[: chance.randrange(len(content))]
 
@@ -253,7 +273,9 @@ def _number(content: bytearray, chance: random.Random, _: Sequence[Seed]) -> byt
 
 def _length_field(content: bytearray, chance: random.Random, _: Sequence[Seed]) -> bytearray:
     """Another length of an item, or of an element with a VR that is there."""
-    mark = chance.choice((b"\xfe\xff\x00\xe0", b"SQ\0\0", b"OB\0\0", b"OW\0\0", b"DS", b"UI", b"IS"))
+    mark = chance.choice(
+        (b"\xfe\xff\x00\xe0", b"SQ\0\0", b"OB\0\0", b"OW\0\0", b"DS", b"UI", b"IS")
+    )
     places = [k for k in range(len(content) - 8) if content.startswith(mark, k)][:50]
     if not places:
         return _flip(content, chance, ())
@@ -266,7 +288,19 @@ def _length_field(content: bytearray, chance: random.Random, _: Sequence[Seed]) 
 def _token(content: bytearray, chance: random.Random, _: Sequence[Seed]) -> bytearray:
     """What text should not hold."""
     token = chance.choice(
-        (b"1e400", b"nan", b"-inf", b"9" * 400, b"\0", b"\xff\xfe", b",,", b"\r", b'"', b"../..", b"-")
+        (
+            b"1e400",
+            b"nan",
+            b"-inf",
+            b"9" * 400,
+            b"\0",
+            b"\xff\xfe",
+            b",,",
+            b"\r",
+            b'"',
+            b"../..",
+            b"-",
+        )
     )
     at = chance.randrange(len(content))
     content[at : at + chance.choice((0, 1, 3))] = token
@@ -275,7 +309,19 @@ def _token(content: bytearray, chance: random.Random, _: Sequence[Seed]) -> byte
 
 _TEXT_DAMAGES: tuple[Damage, ...] = (_token, _token, _flip, _cut, _repeat, _remove, _lengthen)
 _DAMAGES: tuple[Damage, ...] = (
-    *(_flip, _flip_in_head, _cut, _lengthen, _remove, _repeat, _splice, _noise),
+    *(
+        _flip_late,
+        _flip_late,
+        _flip_late,
+        _flip,
+        _flip_in_head,
+        _cut,
+        _lengthen,
+        _remove,
+        _repeat,
+        _splice,
+        _noise,
+    ),
     *(_number, _number, _length_field, _length_field, _token),
 )
 
@@ -284,59 +330,75 @@ _DAMAGES: tuple[Damage, ...] = (
 
 
 def lay_out(root: Path, mutants: Sequence[tuple[Seed, bytes]]) -> dict[str, int]:
-    """Write a batch with what belongs to it; which file is which mutant."""
+    """Write a batch: one cohort, and one for each link.csv; which file is which mutant."""
     from parallel_dicomseg.phantoms import make_rtstruct_series
 
-    make_rtstruct_series(root / "good", shape=(3, 24, 24))
+    made = make_rtstruct_series(root / COHORT / "good", shape=(3, 24, 24))
+    image = Path(made.directory, made.image_paths[0]).read_bytes()
+    (root / COHORT / "mutants").mkdir()
     places: dict[str, int] = {}
     for k, (seed, content) in enumerate(mutants):
-        if seed.kind in ("contour", "links"):
-            # a small cohort of the Sunnybrook layout for itself
-            folder = f"numbered{k}"
-            case = root / folder / "contourfiles" / f"SC-HF-I-{k}" / "contours-manual" / "IRCCI-expert"
-            images = root / folder / "dicoms" / f"SCD{k:05}"
-            case.mkdir(parents=True)
-            images.mkdir(parents=True)
-            shutil.copyfile(root / "good/images/0000.dcm", images / "1.dcm") if (
-                root / "good/images/0000.dcm"
-            ).exists() else shutil.copyfile(next((root / "good/images").iterdir()), images / "1.dcm")
-            links = f"patient_id,original_id\nSCD{k:05},SC-HF-I-{k}\n".encode()
-            outline = b"2 2\n9 2\n9 9\n2 9\n"
-            name = case / "IM-0001-0001-icontour-manual.txt"
-            name.write_bytes(content if seed.kind == "contour" else outline)
-            (root / folder / "link.csv").write_bytes(content if seed.kind == "links" else links)
-            which = name if seed.kind == "contour" else root / folder / "link.csv"
-            places[str(which.relative_to(root))] = k
+        place = f"mutants/{k}.{'xml' if seed.kind == 'xml' else 'dcm'}"
+        if seed.kind == "contour":
+            place = _numbered(root / COHORT, f"numbered{k}", k, image, contour=content)
+        elif seed.kind == "links":
+            _numbered(root, f"links{k}", k, image, links=content)
+            place = f"links{k}"
         else:
-            place = f"mutants/{k}.{'xml' if seed.kind == 'xml' else 'dcm'}"
-            (root / "mutants").mkdir(exist_ok=True)
-            (root / place).write_bytes(content)
-            places[place] = k
+            (root / COHORT / place).write_bytes(content)
+        places[place] = k
     return places
 
 
-def child(root: Path, output: Path) -> None:
-    """Scan and convert; prints which files are in the output and which are listed."""
-    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
-    from parallel_dicomseg import convert_cohort, scan_cohort
-    from parallel_dicomseg.errors import ConfigurationError, LayoutError
-    from parallel_dicomseg.records import ConvertOptions, ScanOptions
+def _numbered(
+    root: Path,
+    folder: str,
+    k: int,
+    image: bytes,
+    contour: bytes = b"2 2\n9 2\n9 9\n2 9\n",
+    links: bytes = b"",
+) -> str:
+    """A small cohort of the Sunnybrook layout for itself; where its contour is."""
+    case = Path(folder, "contourfiles", f"SC-HF-I-{k}", "i-contours")
+    images = root / folder / "dicoms" / f"SCD{k:05}"
+    (root / case).mkdir(parents=True)
+    images.mkdir(parents=True)
+    (images / "1.dcm").write_bytes(image)
+    place = case / "IM-0001-0001-icontour-manual.txt"
+    (root / place).write_bytes(contour)
+    table = links or f"patient_id,original_id\nSCD{k:05},SC-HF-I-{k}\n".encode()
+    (root / folder / "link.csv").write_bytes(table)
+    return str(place)
 
-    refused, problems, converted = "", [], []
-    try:
-        cohort = scan_cohort(root, options=ScanOptions(include_unannotated=True))
-        options = ConvertOptions(scheduler="threads", workers=2, overwrite=True)
-        summary = convert_cohort(cohort, output, options=options)
-        problems = [(problem.path, str(problem.reason)) for problem in summary.problems]
-        lost = {problem.path for problem in summary.problems if problem.is_rejection}
-        converted = [path.decode("utf-8", "replace") for path in cohort.slices.path.tolist()]
-        converted = sorted(set(converted) - lost)
-        converted += sorted({path.decode() for path in cohort.annotations.path.tolist()})
-    except (LayoutError, ConfigurationError) as error:
-        refused = str(error)
+
+def child(root: Path, output: Path) -> None:
+    """Scan and convert each cohort; prints which files are in the output and which are listed."""
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
+    results = {folder.name: convert(folder, output) for folder in sorted(root.iterdir())}
     largest = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, -1)]
-    result = {"refused": refused, "problems": problems, "converted": converted, "rss": max(largest)}
-    print(json.dumps(result))
+    print(json.dumps({"rss": max(largest), "cohorts": results}))
+
+
+def convert(root: Path, output: Path) -> dict[str, Any]:
+    """What became of one cohort."""
+    from parallel_dicomseg import convert_cohort, scan_cohort
+    from parallel_dicomseg.errors import ConfigurationError, ConversionError, LayoutError
+    from parallel_dicomseg.records import ConvertOptions, Limits, ScanOptions
+
+    try:
+        limits = Limits(decode_seconds=DECODE_SECONDS)
+        cohort = scan_cohort(root, options=ScanOptions(include_unannotated=True, limits=limits))
+        options = ConvertOptions(
+            scheduler="threads", workers=2, overwrite=True, size=(64, 64), limits=limits
+        )
+        summary = convert_cohort(cohort, output, options=options)
+    except (LayoutError, ConfigurationError, ConversionError) as error:
+        return {"refused": f"{type(error).__name__}: {error}"}
+    problems = [(problem.path, str(problem.reason)) for problem in summary.problems]
+    lost = {problem.path for problem in summary.problems if problem.is_rejection}
+    images = {path.decode("utf-8", "replace") for path in cohort.slices.path.tolist()}
+    drawn = {path.decode("utf-8", "replace") for path in cohort.annotations.path.tolist()}
+    return {"refused": "", "problems": problems, "converted": sorted((images - lost) | drawn)}
 
 
 def run_apart(root: Path, output: Path, seconds: float) -> tuple[str, dict[str, Any], float]:
@@ -366,7 +428,7 @@ def survive(
     rounds: int, seed: int, data: Path | None, keep: Path | None = None, batch: int = BATCH
 ) -> Counts:
     """Run so many mutants in batches; the bad ones are kept in a folder where one is given."""
-    chance = random.Random(seed)  # noqa: S311
+    chance = random.Random(seed)
     seeds = find_seeds(data)
     by_kind: dict[str, list[Seed]] = {}
     for one in seeds:
@@ -388,44 +450,42 @@ def survive(
 def run_batch(mutants: list[tuple[Seed, bytes]], counts: Counts, keep: Path | None) -> None:
     """Run some mutants together; where that ends badly, half of them at a time."""
     with tempfile.TemporaryDirectory() as folder:
-        root = Path(folder, "cohort")
+        root = Path(folder, "root")
         places = lay_out(root, mutants)
-        seconds = 60.0 + MOST_SECONDS + 2.0 * len(mutants)
-        if len(mutants) == 1:
-            seconds = 30.0 + MOST_SECONDS
+        seconds = 30.0 + MOST_SECONDS + 0.2 * len(mutants)
         ended, said, spent = run_apart(root, Path(folder, "out.h5"), seconds)
     counts.slowest = max(counts.slowest, spent)
     counts.rss_bytes = max(counts.rss_bytes, 1024 * said.get("rss", 0))
-    if (ended or said["refused"]) and len(mutants) > 1:
+    ended = ended or said["cohorts"][COHORT]["refused"]
+    if ended and len(mutants) > 1:
         half = len(mutants) // 2
         run_batch(mutants[:half], counts, keep)
         run_batch(mutants[half:], counts, keep)
-        return
-    if ended or said["refused"]:
+    elif ended:
         name = f"{mutants[0][0].kind} {mutants[0][0].name}: {ended}"
-        if not ended:
-            counts.refused += 1
-            return
         (counts.hangs if ended == "hang" else counts.crashes).append(name)
         _keep(keep, mutants[0], len(counts.bad))
-        return
-    _account(mutants, places, said, counts, keep)
+    else:
+        _account(mutants, places, said["cohorts"], counts, keep)
 
 
 def _account(
     mutants: list[tuple[Seed, bytes]],
     places: dict[str, int],
-    said: dict[str, Any],
+    cohorts: dict[str, Any],
     counts: Counts,
     keep: Path | None,
 ) -> None:
     """Every mutant is somewhere, and the good images are converted."""
-    listed = dict(reversed(said["problems"]))
-    converted = set(said["converted"])
+    listed = dict(reversed(cohorts[COHORT]["problems"]))
+    converted = set(cohorts[COHORT]["converted"])
     for path, k in places.items():
-        if path in listed:
+        if path in cohorts:
+            counts.refused += bool(cohorts[path]["refused"])
+            counts.converted += not cohorts[path]["refused"]
+        elif path in listed:
             counts.listed[listed[path]] += 1
-        elif path in converted or mutants[k][0].kind == "links":
+        elif path in converted:
             counts.converted += 1
         else:
             counts.lost.append(f"{mutants[k][0].kind} {mutants[k][0].name}: neither here nor there")
@@ -457,7 +517,9 @@ def main() -> int:
         return 0
     begin = time.monotonic()
     counts = survive(arguments.rounds, arguments.seed, arguments.data, arguments.keep)
-    print(f"{counts.rounds} mutants in {time.monotonic() - begin:.0f} s: {counts.converted} converted,")
+    print(
+        f"{counts.rounds} mutants in {time.monotonic() - begin:.0f} s, {counts.converted} converted"
+    )
     print(f"  {sum(counts.listed.values())} listed {dict(counts.listed.most_common())},")
     print(f"  {counts.refused} cohorts refused; largest process {counts.rss_bytes >> 20} MiB,")
     print(f"  slowest run {counts.slowest:.1f} s")

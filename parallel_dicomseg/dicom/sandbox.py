@@ -80,7 +80,7 @@ class _Process:
             ours.close()
             kind = getattr(error, "strerror", None) or type(error).__name__
             raise ResumableError(
-                f"the process that decodes pixels does not start: {kind}"
+                f"no process to decode pixels in can be started: {kind}"
             ) from error
         try:
             self._receive(time.monotonic() + _START_S)
