@@ -185,16 +185,18 @@ def structure_set(body: bytes, syntax: str = EXPLICIT) -> bytes:
     return start(syntax, RTSTRUCT) + dataset
 
 
-def contours(data: bytes, count: int = 1) -> bytes:
-    """A ROI with the same contour several times."""
+def contours(*values: bytes) -> bytes:
+    """A ROI with contours."""
 
     def item(value: bytes) -> bytes:
         return struct.pack("<HHI", 0xFFFE, 0xE000, len(value)) + value
 
     rois = item(element(0x30060022, b"IS", b"1") + element(0x30060026, b"LO", b"bomb"))
-    long = struct.pack("<HH2sHI", 0x3006, 0x0050, b"UN", 0, len(data)) + data
-    one = item(element(0x30060042, b"CS", b"CLOSED_PLANAR ") + long)
-    drawn = element(0x30060040, b"SQ", one * count) + element(0x30060084, b"IS", b"1")
+    kind = element(0x30060042, b"CS", b"CLOSED_PLANAR ")
+    padded = [data + b" " * (len(data) % 2) for data in values]
+    heads = [struct.pack("<HH2sHI", 0x3006, 0x0050, b"UN", 0, len(data)) for data in padded]
+    items = b"".join(item(kind + head + data) for head, data in zip(heads, padded, strict=True))
+    drawn = element(0x30060040, b"SQ", items) + element(0x30060084, b"IS", b"1")
     return element(0x30060020, b"SQ", rois) + element(0x30060039, b"SQ", item(drawn))
 
 
@@ -380,6 +382,10 @@ BOMBS: dict[str, tuple[str, Write]] = {
         lambda: structure_set(contours(b"\\".join([b"1\\2\\30"] * M))),
     ),
     "a contour of 200000 long edges": ("dcm", lambda: structure_set(contours(zigzag(200_000)))),
+    "1000 contours on one slice, all over one another": (
+        "dcm",
+        lambda: structure_set(contours(*(zigzag(4 + 2 * k, 20.0) for k in range(1000)))),
+    ),
     "XML of entities": ("xml", billion_laughs),
     "XML of 3 M elements": ("xml", lambda: xml("<a/>" * 3 * M + "</LidcReadMessage>")),
     "XML of 400000 nested elements": ("xml", lambda: xml("<a>" * 400_000)),

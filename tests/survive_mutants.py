@@ -6,8 +6,8 @@ Every round damages one real or generated file: each transfer syntax at hand, RT
 outlines in text, link.csv and LIDC XML. The mutants of a batch lie in one cohort together with what
 belongs to them; a process of its own scans and converts it, watched from outside. A run ends well
 where it finishes, where every mutant is converted or listed with a reason, and every undamaged
-image beside it is converted. A damaged link.csv has a cohort of its own, which may be refused in one
-sentence.
+image beside it is converted. A damaged link.csv has a cohort of its own, which may be refused in
+one sentence.
 
 What it finds is to be made smaller with --one and becomes a test.
 """

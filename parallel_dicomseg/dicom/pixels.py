@@ -525,7 +525,7 @@ def _encoded_frame(image: OpenImage, frame: int) -> tuple[NDArray[Any], str]:
         raise FrameError(Reason.UNDECODABLE_PIXELS, str(error)) from None
     changed = found["options"]
     if changed["bits_allocated"] == 1:
-        return _unpack(io.BytesIO(pixels), 0, changed)
+        return _unpack(io.BytesIO(pixels.tobytes()), 0, changed)
     return _as_array(pixels.tobytes(), 0, EXPLICIT_LITTLE_ENDIAN, image, **changed)
 
 

@@ -134,7 +134,7 @@ class _Process:
 
     def _exactly(self, size: int, deadline: float) -> UInt8:
         out = np.empty(size, np.uint8)  # not zeroed
-        view, done = memoryview(out), 0
+        view, done = out.data, 0
         while done < size:
             self._connection.settimeout(max(deadline - time.monotonic(), 1e-3))
             count = self._connection.recv_into(view[done:])
@@ -278,8 +278,9 @@ def as_array(head: dict[str, Any], body: UInt8) -> NDArray[Any]:
         It describes something else than what it sent.
     """
     dtype, shape = str(head.get("dtype")), head.get("shape")
-    good = dtype in _DTYPES and isinstance(shape, list) and 2 <= len(shape) <= 3
-    if not good or not all(isinstance(size, int) and size > 0 for size in shape):
+    if dtype not in _DTYPES or not isinstance(shape, list) or len(shape) not in (2, 3):
+        raise DecodingError("the pixels cannot be decoded")
+    if not all(isinstance(size, int) and size > 0 for size in shape):
         raise DecodingError("the pixels cannot be decoded")
     try:
         return body.view(dtype).reshape(shape)

@@ -27,6 +27,7 @@ from parallel_dicomseg.dicom.decoders import (
     quiet,
 )
 
+Body = bytes | memoryview
 LENGTHS = struct.Struct("<IQ")
 """Bytes of the head and of the body of a message."""
 #: pydicom's options that say what a frame is; they are plain numbers and texts.
@@ -113,7 +114,7 @@ def _wait(connection: socket.socket, owner: int) -> bool:
     return True
 
 
-def _answer(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
+def _answer(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], Body]:
     """What decoding a frame gave, or the kind of its error: no text that quotes the file."""
     try:
         with quiet():
@@ -124,7 +125,7 @@ def _answer(head: dict[str, Any], body: bytes) -> tuple[dict[str, Any], bytes]:
         return {"error": type(error).__name__}, b""
 
 
-def decode(decoder: Decoder, options: dict[str, Any], frame: bytes) -> tuple[dict[str, Any], bytes]:
+def decode(decoder: Decoder, options: dict[str, Any], frame: bytes) -> tuple[dict[str, Any], Body]:
     """Decode one frame.
 
     Returns
@@ -148,7 +149,7 @@ def decode(decoder: Decoder, options: dict[str, Any], frame: bytes) -> tuple[dic
 # --- messages ------------------------------------------------------------------------------------
 
 
-def send(connection: socket.socket, head: dict[str, Any], body: bytes) -> None:
+def send(connection: socket.socket, head: dict[str, Any], body: Body) -> None:
     """Send a message."""
     text = json.dumps(head).encode()
     connection.sendall(LENGTHS.pack(len(text), len(body)) + text)
