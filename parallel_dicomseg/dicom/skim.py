@@ -59,6 +59,10 @@ def skim(
     return b"".join(raw[first:last] for first, last in spans.tolist()), end
 
 
+# Deeper ones are as good as refused.
+_DEEPEST = 4096
+
+
 @kernel
 def _top_level(
     raw: UInt8,
@@ -109,30 +113,38 @@ def census(raw: bytes, start: int, explicit: bool) -> tuple[int, int]:
 
 @kernel
 def _census(raw: UInt8, stop: int, explicit: bool, long_vr: UInt8) -> tuple[int, int]:
-    """See `census`: sequences are entered, all else is stepped over."""
-    ends = np.empty(4096, np.int64)
+    """See `census`: sequences are entered, all else is stepped over, neither beyond its end.
+
+    So that what merely looks like a sequence hides nothing that comes after it.
+    """
+    ends = np.full(_DEEPEST + 1, stop)
+    delimited = np.zeros(_DEEPEST + 1, np.bool_)
     at, elements, depth, deepest = 0, 0, 0, 0
     while at + 8 <= stop:
-        while depth > 0 and 0 <= ends[depth - 1] <= at:
+        while depth > 0 and (at >= ends[depth] or at + 8 > ends[depth]):
+            at = ends[depth]
             depth -= 1
+        if at + 8 > stop:
+            break
         tag = _tag(raw, at)
         elements += 1
         if tag >> 16 == _ITEM_GROUP:
-            if tag not in (_ITEM, _ITEM_DELIMITATION) and depth > 0:
+            if tag not in (_ITEM, _ITEM_DELIMITATION) and delimited[depth]:
                 depth -= 1
             at += 8
             continue
         length, head, vr = _element_head(raw, at, explicit, long_vr)
-        if head < 0:
-            return elements + (stop - at) // 8, deepest
+        if head < 0 or depth == _DEEPEST:
+            elements += (ends[depth] - at) // 8
+            at = ends[depth]
+            continue
         at += head
         undefined = length == _UNDEFINED_LENGTH
+        end = ends[depth] if undefined else min(at + length, ends[depth])
         if undefined or vr == _SEQUENCE_VR or _is_sequence(raw, at, length, vr, stop):
-            if depth == len(ends):
-                return elements + (stop - at) // 8, depth
-            ends[depth] = -1 if undefined else at + length
             depth += 1
+            ends[depth], delimited[depth] = end, undefined
             deepest = max(deepest, depth)
         else:
-            at += length
+            at = end
     return elements, deepest
