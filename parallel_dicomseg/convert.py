@@ -27,7 +27,7 @@ from parallel_dicomseg.compressors import room_for
 from parallel_dicomseg.deidentify import Policy, conceal_paths, policy_of
 from parallel_dicomseg.dicom.decoders import decoder_for
 from parallel_dicomseg.dicom.pixels import read_images
-from parallel_dicomseg.dicom.sandbox import close_decoders
+from parallel_dicomseg.dicom.sandbox import closing_decoders
 from parallel_dicomseg.drawing import draw_masks, structure_centers
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.limits import applied
@@ -365,7 +365,7 @@ def run(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[EncodedCh
         warm_up=lambda: warm_up(layout.image_dtype, layout.mask_dtype, layout.codec),
     )
     pending: deque[Pending] = deque()
-    with open_scheduler(job, options.scheduler, workers) as (submit, window):
+    with closing_decoders(), open_scheduler(job, options.scheduler, workers) as (submit, window):
         try:
             for task in tasks(plan):
                 if len(pending) == window:
@@ -378,4 +378,3 @@ def run(plan: Plan, options: ConvertOptions, workers: int) -> Iterator[EncodedCh
         finally:
             for future in pending:
                 future.cancel()
-    close_decoders()

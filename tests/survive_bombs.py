@@ -244,7 +244,7 @@ BOMBS: dict[str, tuple[str, Write]] = {
         "dcm",
         lambda: start(EXPLICIT) + image(512, 512, 2147483646) + pixels(bytes(10)),
     ),
-    "10**400 frames": (
+    "999999999999 frames": (
         "dcm",
         lambda: start(EXPLICIT) + image(8, 8, int("9" * 12)) + pixels(bytes(64)),
     ),

@@ -20,6 +20,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any, Final
 
@@ -205,6 +207,15 @@ def close_decoders() -> None:
     """End the processes that wait for a frame; the next frame makes a new one."""
     for process in _idle.take_all():
         process.close()
+
+
+@contextmanager
+def closing_decoders() -> Iterator[None]:
+    """End the processes that are left when the block ends."""
+    try:
+        yield
+    finally:
+        close_decoders()
 
 
 def decode_apart(
