@@ -375,3 +375,34 @@ def test_lists_of_other_things_are_refused(key: str, value: Any) -> None:
     """The message says what the setting takes."""
     with pytest.raises(ConfigurationError, match=f"{key} = .*: expected (one or )?two"):
         load_settings({key: value})
+
+
+def test_limits_are_one_table_for_scan_and_conversion() -> None:
+    """[limits] reaches both records, and the command line goes before it."""
+    write("parallel_dicomseg.toml", "[limits]\nfile_bytes = '2GiB'\nframes = 7\n")
+    settings = load_settings({"limits.frames": 9})
+    expected = Limits(file_bytes=2**31, frames=9)
+
+    assert (expected, expected) == (settings.scan.limits, settings.convert.limits)
+    assert settings.origins["limits.frames"] == "command line"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--limit", "frames=3", "--limit", "decode_seconds=2.5"], ["limits.frames", "3"]),
+        (["--limit", "file_bytes=1MiB"], ["limits.file_bytes", "1048576"]),
+        (["--limit", "frame=3"], ["limits.frame: there is no such setting", "frames"]),
+        (["--limit", "frames=many"], ["limits.frames = 'many'", "whole number"]),
+        (["--limit", "frames"], ["limits.frames = ''", "whole number"]),
+    ],
+)
+def test_limits_on_the_command_line(arguments: list[str], expected: list[str]) -> None:
+    """name=value, checked as in a file."""
+    from click.testing import CliRunner
+
+    from parallel_dicomseg.cli import main
+
+    done = CliRunner().invoke(main, ["scan", "--show-config", *arguments])
+
+    assert all(word in done.output for word in expected)
