@@ -7,7 +7,8 @@ One smooth 12-bit image with noise (8-bit for lossy JPEG), 512 x 512, is written
 syntax into files of its own. Ours is one call of `read_images` per thread and half of the files;
 pydicom's is `dcmread(file).pixel_array` file by file, with the plugins that it picks itself. Both
 parse the headers and read from the page cache; the decoded values are compared before anything is
-timed. "placed" is native pixels that are rescaled and padded, against the same read as they are.
+timed. "placed" is native pixels that are rescaled and padded, against the same read as they are;
+"apart" is what it costs that compressed frames are decoded in a process of their own.
 
 Both take turns, round by round; figures are medians over the rounds. Only ratios within one run
 mean something.
@@ -32,11 +33,15 @@ import pydicom
 from numpy.typing import NDArray
 from printing import emitter
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.encaps import encapsulate
+from pydicom.encaps import encapsulate, get_frame
 from pydicom.uid import CTImageStorage, generate_uid
 
-from parallel_dicomseg.dicom.decoders import DECODERS, decoder_for
+from parallel_dicomseg.dicom import sandbox_child
+from parallel_dicomseg.dicom.decoders import DECODERS, Decoder, decoder_for, quiet
+from parallel_dicomseg.dicom.opened import open_image
 from parallel_dicomseg.dicom.pixels import read_images
+from parallel_dicomseg.dicom.sandbox import close_decoders, decode_apart
+from parallel_dicomseg.dicom.sandbox_child import OPTIONS
 from parallel_dicomseg.records import Layout, SliceRefs
 
 _JPEG = "1.2.840.10008.1.2.4"
@@ -65,6 +70,11 @@ _COLUMNS = {
         ("ratio 2", "{ratio_2:.1f}"),
     ),
     "placing": (("as it is", "{as_it_is:.0f}/s"), ("placed", "{placed:.0f}/s")),
+    "apart": (
+        ("here", "{here:.2f} ms"),
+        ("apart", "{apart:.2f} ms"),
+        ("costs", "{costs:.0%}"),
+    ),
 }
 
 
@@ -93,8 +103,40 @@ def main() -> None:
                 continue
             files = write_files(Path(folder), uid, size, count)
             emit({"measures": "decoding", "case": DECODERS[uid].name, **compare(files, rounds)})
+        for uid, encoder in ENCODERS.items():
+            if encoder or uid.endswith(".5"):
+                frame = first_frame(Path(folder, f"{uid}-0.dcm"))
+                emit({"measures": "apart", "case": DECODERS[uid].name, **isolate(*frame, rounds)})
+        close_decoders()
         native = write_files(Path(folder), "1.2.840.10008.1.2.1", size, count)
         emit({"measures": "placing", "case": f"native, {size} x {size}", **place(native, rounds)})
+
+
+def first_frame(file: Path) -> tuple[bytes, Decoder, dict[str, Any]]:
+    """The encoded first frame of a file, and what is said of it to whoever decodes it."""
+    with quiet(), open_image(file) as image:
+        image.stream.seek(image.start)
+        frame = get_frame(image.stream, 0, number_of_frames=1)
+        options = {name: image.options[name] for name in OPTIONS if name in image.options}
+        return frame, image.decoder, options
+
+
+def isolate(
+    frame: bytes, decoder: Decoder, options: dict[str, Any], rounds: int
+) -> dict[str, float]:
+    """Milliseconds for one frame in this process, and in the one that may die of it."""
+    seconds: dict[str, list[float]] = {"here": [], "apart": []}
+    for turn in range(20 * rounds + 1):
+        for name, function in (
+            ("here", lambda: sandbox_child.decode(decoder, options, frame)),
+            ("apart", lambda: decode_apart(frame, decoder, options)),
+        ):
+            start = time.perf_counter()
+            function()
+            if turn:  # the first starts the process
+                seconds[name].append(1000 * (time.perf_counter() - start))
+    here, apart = (statistics.median(values) for values in seconds.values())
+    return {"here": here, "apart": apart, "costs": apart / here - 1}
 
 
 def phantom(size: int, bits: int) -> NDArray[Any]:

@@ -16,7 +16,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -242,10 +242,19 @@ def config_options(function: Function) -> Function:
     file = click.option(
         "--config",
         metavar="FILE",
-        help="TOML file with [scan], [convert], [convert.checks], or the original config.ini."
+        help="TOML file with [scan], [convert], [convert.checks], [limits], or the original"
+        " config.ini."
         "  [default: ./parallel_dicomseg.toml or ./config.ini, if there]",
     )
-    return file(show(function))
+    limit = click.option(
+        "--limit",
+        "limits",
+        metavar="NAME=VALUE",
+        multiple=True,
+        help="A limit on the input, such as decode_seconds=30 or file_bytes=2GiB; may be repeated."
+        " --show-config lists them.",
+    )
+    return file(limit(show(function)))
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
@@ -333,7 +342,7 @@ def scan(
     """
     settings = _settings("scan", options, config)
     if show_config:
-        _show_config(settings, "scan", as_json)
+        _show_config(settings, ("scan", "limits"), as_json)
         return
     from parallel_dicomseg.saved import check_target, save_scan
 
@@ -390,7 +399,7 @@ def convert(
     """
     settings = _settings("convert", options, config)
     if show_config:
-        _show_config(settings, "", as_json)
+        _show_config(settings, ("",), as_json)
         return
     from parallel_dicomseg.convert import check_output, convert_cohort, is_whole
 
@@ -703,10 +712,21 @@ def _settings(command: str, options: Mapping[str, Any], config: str | None) -> S
         for key, setting in SETTINGS.items()
         if key.partition(".")[0] in tables and (value := options[setting.name]) not in (None, ())
     }
+    overrides |= dict(map(_limit, options["limits"]))
     settings = load_settings(overrides, config)
     if settings.file and not config:
         click.echo(f"settings from {settings.file}", err=True)
     return settings
+
+
+def _limit(text: str) -> tuple[str, Any]:
+    """'frames=100' as the setting's key and value."""
+    name, _, value = text.partition("=")
+    with suppress(ValueError):
+        return f"limits.{name}", int(value)
+    with suppress(ValueError):
+        return f"limits.{name}", float(value)
+    return f"limits.{name}", value
 
 
 def _split(values: Iterable[str]) -> tuple[str, ...]:
@@ -752,12 +772,12 @@ def _find_cohort(source: str, settings: Settings, watch: Watch) -> Cohort:
     return cohort
 
 
-def _show_config(settings: Settings, table: str, as_json: bool) -> None:
+def _show_config(settings: Settings, tables: tuple[str, ...], as_json: bool) -> None:
     """Print each setting, its value and where it came from."""
     rows = [
         (key, value, settings.origins[key])
         for key, value in settings.values.items()
-        if key.startswith(table)
+        if key.startswith(tables)
     ]
     if as_json:
         print_json({key: {"value": value, "origin": origin} for key, value, origin in rows})

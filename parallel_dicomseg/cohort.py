@@ -21,6 +21,7 @@ from parallel_dicomseg.dicom.headers import (
     scan_headers,
 )
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
+from parallel_dicomseg.limits import applied
 from parallel_dicomseg.records import (
     Annotation,
     AnnotationTable,
@@ -64,7 +65,7 @@ ANY, TREE = "auto", "dicom"
 # Files per header call: enough to make the GIL rare, few enough for a smooth progress bar.
 _FILES_PER_CALL = 512
 # Options that do not change what is found, or name places.
-_NOT_SAID = frozenset({"aliases", "contours_sub_dir", "link_file_name", "workers"})
+_NOT_SAID = frozenset({"aliases", "contours_sub_dir", "limits", "link_file_name", "workers"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +155,18 @@ def scan_cohort(
     """
     options = options or ScanOptions()
     aliases = _check_options(options)
-    root = Path(data_directory)
+    with applied(options.limits):
+        return _scan(Path(data_directory), options, aliases, progress)
+
+
+def _scan(
+    root: Path,
+    options: ScanOptions,
+    aliases: Aliases,
+    progress: Callable[[Progress], None] | None,
+) -> Cohort:
     files = _list_files(root, options)
-    scanned = _read_headers(root, files, options.workers or os.cpu_count() or 1, progress)
+    scanned = _read_headers(root, files, options, progress)
     images, copies, hygiene = _in_order(scanned, files)
     scanned = replace(scanned, slices=copies, headers={})  # the rest is in `images` now
     numbered = _pair_numbered(scanned, files, images.table)
@@ -248,18 +258,21 @@ def _sources(name: str) -> Mapping[str, Source]:
 def _read_headers(
     root: Path,
     files: _Files,
-    workers: int,
+    options: ScanOptions,
     progress: Callable[[Progress], None] | None,
 ) -> Scanned:
     """The headers of all files, those of the listings first."""
+
+    def scan(block: tuple[list[str], list[str] | None]) -> Scanned:
+        with applied(options.limits):
+            return scan_headers(root, *block)
+
     blocks = list(_blocks(files))
     total = sum(len(paths) for paths, _ in blocks)
     done = 0
     parts: list[Scanned] = []
-    with ThreadPoolExecutor(workers) as pool:
-        for block, part in zip(
-            blocks, pool.map(lambda block: scan_headers(root, *block), blocks), strict=True
-        ):
+    with ThreadPoolExecutor(options.workers or os.cpu_count() or 1) as pool:
+        for block, part in zip(blocks, pool.map(scan, blocks), strict=True):
             parts.append(part)
             done += len(block[0])
             if progress:

@@ -1,8 +1,8 @@
 """Where the settings come from: command line, then configuration file, then the records' defaults.
 
-A setting is a field of `ScanOptions`, `ConvertOptions` or `Checks`: the records are the only place
-that defines its name, type and default. This module adds what a person needs to set it (a line of
-help, the values that make sense) and remembers where each value came from.
+A setting is a field of `ScanOptions`, `ConvertOptions`, `Checks` or `Limits`: the records are the
+only place that defines its name, type and default. This module adds what a person needs to set it
+(a line of help, the values that make sense) and remembers where each value came from.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
 from parallel_dicomseg.errors import ConfigurationError
-from parallel_dicomseg.records import ConvertOptions, ScanOptions
+from parallel_dicomseg.records import ConvertOptions, Limits, ScanOptions
 
 Record = TypeVar("Record")
 
@@ -28,7 +28,7 @@ COMMAND_LINE = "command line"
 DEFAULT = "default"
 
 #: The records that can be set, by the name of their table in a configuration file.
-TABLES: dict[str, type] = {"scan": ScanOptions, "convert": ConvertOptions}
+TABLES: dict[str, type] = {"scan": ScanOptions, "convert": ConvertOptions, "limits": Limits}
 
 #: Names of schedulers; anything else must look like an address or a scheduler file.
 SCHEDULERS = ("synchronous", "threads", "processes", "distributed")
@@ -89,6 +89,23 @@ _HELP = {
     " (RMS, in mean radii).",
     "convert.checks.max_outside_fraction": "Flag an inner structure with more of its pixels than"
     " this outside its outer one.",
+    "limits.file_bytes": "Larger files are not read.",
+    "limits.header_bytes": "Bytes of a DICOM header.",
+    "limits.header_elements": "Elements of a SEG's, RTSTRUCT's or lookup table's sequences.",
+    "limits.header_depth": "Sequences inside one another.",
+    "limits.inflated_bytes": "Bytes that a deflated data set may inflate to.",
+    "limits.image_pixels": "Rows x columns of a frame.",
+    "limits.frames": "Frames of one file.",
+    "limits.expansion": "How many times as large as its file a frame above 32 MiB may be.",
+    "limits.structure_set_bytes": "Bytes of an RTSTRUCT file.",
+    "limits.contour_bytes": "Bytes of a text file with one outline.",
+    "limits.contour_points": "Points of one outline.",
+    "limits.contours_per_slice": "Contours of one structure of an RTSTRUCT on a slice.",
+    "limits.table_bytes": "Bytes of link.csv and the like.",
+    "limits.xml_bytes": "Bytes of an XML file.",
+    "limits.xml_elements": "Tags of an XML file.",
+    "limits.decode_seconds": "Seconds for one compressed frame, and one more per 4 MiB of it.",
+    "limits.decoder_bytes": "Address space of the process that decodes compressed frames.",
 }
 
 _CHOICES: dict[str, tuple[str | float, ...]] = {
@@ -113,14 +130,19 @@ _MAXIMA = {
 }
 
 #: Numbers of bytes, which may be written with a unit.
-_SIZES = frozenset({"convert.memory_limit"})
+_SIZES = frozenset(
+    {
+        "convert.memory_limit",
+        *(f"limits.{field.name}" for field in fields(Limits) if field.name.endswith("_bytes")),
+    }
+)
 
 
 #: What these take is not said by their type.
 _EXPECTED = {
     "convert.scheduler": f"one of {', '.join(SCHEDULERS)}, an address such as tcp://host:8786,"
     " or a scheduler file",
-    "convert.memory_limit": "a number of bytes, or a text such as '2GiB' or '500 MB'",
+    **dict.fromkeys(_SIZES, "a number of bytes, or a text such as '2GiB' or '500 MB'"),
     "scan.structures": "a list of different names",
     "scan.split": "two or three fractions that make 1",
     "convert.spacing": "one or two numbers above 0",
@@ -214,6 +236,8 @@ def _declare(record: Any, prefix: str) -> Iterable[Setting]:
     defaults = record()
     for field in fields(record):
         key, hint = f"{prefix}.{field.name}", hints[field.name]
+        if hint is Limits:  # a table of their own, common to all records that have them
+            continue
         if is_dataclass(hint):
             yield from _declare(hint, key)
             continue
@@ -258,8 +282,8 @@ def load_settings(
     overrides
         What the command line sets, by dotted key (``{"convert.rule": "pil-outline0"}``).
     config
-        A TOML file with the tables [scan], [convert] and [convert.checks], or the original
-        script's config.ini; None: whichever `find_config` finds, or none.
+        A TOML file with the tables [scan], [convert], [convert.checks] and [limits], or the
+        original script's config.ini; None: whichever `find_config` finds, or none.
 
     Raises
     ------
@@ -504,7 +528,7 @@ def _parse_size(text: str) -> int:
 def _build(record: type[Record], prefix: str, values: Mapping[str, Any]) -> Record:
     """A record of the values under a dotted prefix."""
     hints = get_type_hints(record)
-    keys = {name: f"{prefix}.{name}" for name in hints}
+    keys = {name: f"{prefix}.{name}" if hints[name] is not Limits else "limits" for name in hints}
     return record(
         **{
             name: _build(hints[name], key, values) if is_dataclass(hints[name]) else values[key]

@@ -28,9 +28,11 @@ from parallel_dicomseg.codec import checksums, encode
 from parallel_dicomseg.compressors import room_for
 from parallel_dicomseg.deidentify import Policy, conceal_paths, policy_of
 from parallel_dicomseg.dicom.pixels import read_images
+from parallel_dicomseg.dicom.sandbox import closing_decoders
 from parallel_dicomseg.drawing import draw_masks, structure_centers
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.fingerprint import decoders_of, plan_fingerprint
+from parallel_dicomseg.limits import applied
 from parallel_dicomseg.plan import Plan, make_plan, tasks
 from parallel_dicomseg.rasterize import rasterize_batch
 from parallel_dicomseg.records import (
@@ -93,6 +95,11 @@ def encode_chunk(task: ChunkTask) -> EncodedChunk:
 
     A slice that cannot be read is a value of the result, never an exception.
     """
+    with applied(task.limits):
+        return _encode_chunk(task)
+
+
+def _encode_chunk(task: ChunkTask) -> EncodedChunk:
     layout = task.layout
     n, shape = len(task.slices), (layout.rows, layout.columns)
     samples = (3,) if layout.samples == 3 else ()
@@ -251,7 +258,8 @@ def convert_cohort(
     workers = options.workers or os.cpu_count() or 1
     centers = None
     if options.fit == "structure":
-        centers = structure_centers(cohort, options.contour_origin)
+        with applied(options.limits):
+            centers = structure_centers(cohort, options.contour_origin)
     plan = make_plan(cohort, options, workers, centers)
     if not options.ignore_space:
         check_space(plan, output, options)
@@ -447,7 +455,7 @@ def run(
         warm_up=lambda: warm_up(layout.image_dtype, layout.mask_dtype, layout.codec),
     )
     pending: deque[Pending] = deque()
-    with open_scheduler(job, options.scheduler, workers) as (submit, window):
+    with closing_decoders(), open_scheduler(job, options.scheduler, workers) as (submit, window):
         try:
             for task in tasks(plan, spans):
                 if len(pending) == window:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +26,7 @@ from parallel_dicomseg.records import (
     ConvertOptions,
     Float64,
     Layout,
+    Limits,
     Problem,
     SliceRefs,
     SliceTable,
@@ -75,6 +76,8 @@ class Plan:
     """What the layout leaves out."""
     notes: tuple[str, ...]
     """What was done to the images, in words."""
+    limits: Limits = field(default_factory=Limits)
+    """Of the input."""
 
     @property
     def task_count(self) -> int:
@@ -147,6 +150,7 @@ def make_plan(
         window=2 * workers + 1,
         problems=grids.problems,
         notes=grids.notes,
+        limits=options.limits,
     )
 
 
@@ -281,6 +285,7 @@ def _task(plan: Plan, first: int, end: int) -> ChunkTask:
         layout=plan.layout,
         slices=slice_refs(plan.cohort.slices, slice(first, end), plan.grid),
         annotations=annotation_refs(annotations, drawn, first),
+        limits=plan.limits,
     )
 
 

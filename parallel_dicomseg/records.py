@@ -465,6 +465,49 @@ class Layout:
     """What lies outside the source image; NaN: the slice's own minimum."""
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What an input may claim or cost before it is refused; none of it changes what is converted.
+
+    The defaults lie far above what clinical data has (docs/reliability.md).
+    """
+
+    file_bytes: int = 2**36
+    """Larger files are not read at all."""
+    header_bytes: int = 2**28
+    """Of a DICOM header up to its pixels, and of a sequence of functional groups."""
+    header_elements: int = 2**19
+    """Elements and items, at any depth, of what is parsed one by one: functional groups of a SEG,
+    the contours of an RTSTRUCT, lookup tables."""
+    header_depth: int = 32
+    """Sequences inside one another, in the same."""
+    inflated_bytes: int = 2**29
+    """What a deflated data set may inflate to."""
+    image_pixels: int = 2**26
+    """Rows x columns of a frame."""
+    frames: int = 65536
+    """Of one file."""
+    expansion: int = 1000
+    """How many times as large as its file a frame may be, where it has more than 32 MiB."""
+    structure_set_bytes: int = 2**29
+    """Of an RTSTRUCT file, also inflated: all of it is in memory."""
+    contour_bytes: int = 2**24
+    """Of a text file with one outline."""
+    contour_points: int = 2**16
+    """Of one outline."""
+    contours_per_slice: int = 512
+    """Of one structure of an RTSTRUCT: which of them overlap takes the square of it."""
+    table_bytes: int = 2**24
+    """Of link.csv and the like."""
+    xml_bytes: int = 2**25
+    xml_elements: int = 2**19
+    """Tags of an XML file; an element has two."""
+    decode_seconds: float = 10.0
+    """For one compressed frame, and a second more for each 4 MiB of it."""
+    decoder_bytes: int = 2**32
+    """Address space of the process that decodes compressed frames."""
+
+
 #: The grid of an image that is stored as it is, see `SliceRefs.grid`.
 WHOLE_IMAGE = (0.0, 0.0, 1.0, 1.0)
 
@@ -536,6 +579,7 @@ class ChunkTask:
     layout: Layout
     slices: SliceRefs
     annotations: AnnotationRefs
+    limits: Limits = field(default_factory=Limits)
 
 
 @dataclass(frozen=True, slots=True)
@@ -621,6 +665,8 @@ class ScanOptions:
     """Of the split."""
     stratify: bool = False
     """Whether every structure is spread over the parts of the split evenly."""
+    limits: Limits = field(default_factory=Limits)
+    """Of the input."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -679,6 +725,8 @@ class ConvertOptions:
     """What tells that an input file is unchanged: its 'time' and size, or its 'content'."""
     ignore_space: bool = False
     """Begin even where the disk will probably not hold the output."""
+    limits: Limits = field(default_factory=Limits)
+    """Of the input."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,10 +7,10 @@ words the error; so there is one place that says what is valid, and it is easy t
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import re
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,15 +19,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg import posix
+from parallel_dicomseg.files import read_regular
 from parallel_dicomseg.jit import kernel
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import Float64, Int64
 
-#: Larger files are refused: no outline drawn on an image needs a hundredth of this.
-MAX_CONTOUR_FILE_BYTES = 16 * 2**20
 #: No image has a pixel out there, and a mask of such an outline takes arithmetic of many digits.
 MAX_COORDINATE = 2.0**31
 
-_OPEN_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+# No point takes as many characters.
+_LONGEST_LINE = 4096
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _BLANKS = b" \t\v\f"
 _NUMBER = re.compile(rb"[+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?")
@@ -140,7 +141,10 @@ def read_contour_files(paths: Sequence[str], folder: str = "") -> ContourFiles:
     """
     if not posix.AVAILABLE:
         return _joined([_read_outline(os.path.join(folder, path)) for path in paths])  # noqa: PTH118
-    points, offsets, digest, known = _read_outlines(*posix.pack_paths(paths, folder))
+    most = limits()
+    points, offsets, digest, known = _read_outlines(
+        *posix.pack_paths(paths, folder), most.contour_bytes, most.contour_points
+    )
     if known.all():
         return ContourFiles(points, offsets, digest, ())
     return _joined(
@@ -168,6 +172,9 @@ def parse_contour(raw: bytes) -> Float64:
     ValueError
         Naming the line and the value on it, or the number of points; never what the file says.
     """
+    most = limits().contour_points
+    if max(raw.count(b"\n"), raw.count(b"\r")) > most + 1:
+        raise ValueError(f"more than {most} lines")
     lines = raw.removeprefix(_BYTE_ORDER_MARK).splitlines()
     points = [
         _point(line.strip(_BLANKS), number)
@@ -210,20 +217,14 @@ def _read_outline(path: str) -> _Outline:
 
 def _read_small_file(path: str) -> bytes:
     """The bytes of a regular file within the size limit; anything else is an error."""
-    descriptor = os.open(path, _OPEN_FLAGS)
     try:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise ValueError("not a regular file")
-        if status.st_size > MAX_CONTOUR_FILE_BYTES:
-            raise ValueError(
-                f"too large for a contour file: {status.st_size} bytes, "
-                f"limit {MAX_CONTOUR_FILE_BYTES}"
-            )
-        with os.fdopen(descriptor, "rb", closefd=False) as file:
-            return file.read(MAX_CONTOUR_FILE_BYTES)
-    finally:
-        os.close(descriptor)
+        return read_regular(path, limits().contour_bytes)
+    except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise ValueError(f"too large for a contour file: {error.strerror}") from None
+        if error.errno == errno.EINVAL:
+            raise ValueError("not a regular file") from None
+        raise
 
 
 def _joined(outlines: list[_Outline]) -> ContourFiles:
@@ -241,6 +242,8 @@ def _joined(outlines: list[_Outline]) -> ContourFiles:
 
 def _point(line: bytes, number: int) -> tuple[float, float]:
     """Column and row on a line that is not blank."""
+    if len(line) > _LONGEST_LINE:
+        raise ValueError(f"line {number}: {len(line)} characters, 2 values are needed (column row)")
     fields = _SEPARATOR.split(line)
     if len(fields) != 2:
         raise ValueError(f"line {number}: {len(fields)} value(s), 2 are needed (column row)")
@@ -549,7 +552,7 @@ def digest_bytes(raw: NDArray[np.uint8]) -> np.uint64:
 
 @kernel
 def _read_whole(
-    packed: NDArray[np.uint8], start: int, buffer: NDArray[np.uint8]
+    packed: NDArray[np.uint8], start: int, buffer: NDArray[np.uint8], most: int
 ) -> tuple[int, NDArray[np.uint8]]:
     """Bytes in the file, or -1, and the buffer that holds them (a larger one where needed)."""
     descriptor = posix.open_read_only(packed, start)
@@ -557,7 +560,7 @@ def _read_whole(
         return -1, buffer
     size = posix.file_size(descriptor)
     length = -1
-    if 0 <= size <= MAX_CONTOUR_FILE_BYTES:
+    if 0 <= size <= most:
         if size > buffer.size:
             buffer = np.empty(2 * size, np.uint8)
         length = posix.read_at(descriptor, buffer, size, 0)
@@ -567,7 +570,7 @@ def _read_whole(
 
 @kernel
 def _read_outlines(
-    packed: NDArray[np.uint8], starts: NDArray[np.int64]
+    packed: NDArray[np.uint8], starts: NDArray[np.int64], most_bytes: int, most_points: int
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], NDArray[np.uint64], NDArray[np.bool_]]:
     """Read and parse all files in one call: points, offsets, digests, and which are certain."""
     files = starts.size
@@ -579,7 +582,7 @@ def _read_outlines(
     for k in range(files):
         count = offsets[k]
         offsets[k + 1] = count
-        length, buffer = _read_whole(packed, starts[k], buffer)
+        length, buffer = _read_whole(packed, starts[k], buffer, most_bytes)
         if length < 0:
             continue
         # The shortest point takes four bytes ("1 2" and a line end), the last one three.
@@ -589,7 +592,7 @@ def _read_outlines(
             points = larger
         digest[k] = digest_bytes(buffer[:length])
         row = _parse_outline(buffer, length, points, count)
-        if row >= 0:
+        if 0 <= row <= count + most_points:
             known[k] = True
             offsets[k + 1] = row
     return points[: offsets[files]].copy(), offsets, digest, known

@@ -39,7 +39,11 @@ HELPER_THREADS = (
 )
 
 #: Processes that multiprocessing starts once and keeps, by a part of their command line.
-HELPER_PROCESSES = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+HELPER_PROCESSES = (
+    "multiprocessing.resource_tracker",
+    "multiprocessing.forkserver",
+    "parallel_dicomseg.dicom.sandbox_child",  # waits for the next frame; see test_sandbox.py
+)
 
 settings.register_profile("default", deadline=None, max_examples=100)
 settings.register_profile("ci", deadline=None, max_examples=60, derandomize=True, print_blob=True)

@@ -24,7 +24,7 @@ PACKAGE = CHECKOUT / "parallel_dicomseg"
 LEVELS = (
     {"errors", "records"},
     {"jit"},
-    {"posix", "compressors", "chunks", "private", "seal", "foreign"},
+    {"posix", "compressors", "chunks", "private", "seal", "foreign", "files", "limits"},
     {"geometry", "rasterize", "codec", "text", "checks", "resample", "deidentify"},
     {"overlap"},
     {"dicom"},

@@ -24,7 +24,7 @@ from parallel_dicomseg.config import (
     resolve,
 )
 from parallel_dicomseg.errors import ConfigurationError
-from parallel_dicomseg.records import Checks, ConvertOptions, ScanOptions
+from parallel_dicomseg.records import Checks, ConvertOptions, Limits, ScanOptions
 
 CONFIG = """
 [scan]
@@ -68,6 +68,8 @@ def leaves(record: Any) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in fields(record):
         value = getattr(record, field.name)
+        if isinstance(value, Limits):  # a table of their own
+            continue
         below = leaves(value) if is_dataclass(value) else {"": value}
         found |= {f"{field.name}.{name}".rstrip("."): item for name, item in below.items()}
     return found
@@ -77,6 +79,7 @@ def test_every_field_of_the_records_can_be_set() -> None:
     """The settings are exactly the records' fields, with the records' defaults."""
     expected = {f"scan.{key}": value for key, value in leaves(ScanOptions()).items()}
     expected |= {f"convert.{key}": value for key, value in leaves(ConvertOptions()).items()}
+    expected |= {f"limits.{key}": value for key, value in leaves(Limits()).items()}
 
     assert expected == {key: setting.default for key, setting in SETTINGS.items()}
 
@@ -162,7 +165,10 @@ def obviously_resolved(command_line: dict[str, Any], file: dict[str, Any]) -> di
 def in_records(settings: Settings) -> dict[str, Any]:
     """All values as the records hold them, by dotted key."""
     scan = {f"scan.{key}": value for key, value in leaves(settings.scan).items()}
-    return scan | {f"convert.{key}": value for key, value in leaves(settings.convert).items()}
+    limits = {f"limits.{key}": value for key, value in leaves(settings.convert.limits).items()}
+    assert settings.scan.limits == settings.convert.limits
+    convert = {f"convert.{key}": value for key, value in leaves(settings.convert).items()}
+    return scan | convert | limits
 
 
 @given(layers(), layers())
@@ -369,3 +375,34 @@ def test_lists_of_other_things_are_refused(key: str, value: Any) -> None:
     """The message says what the setting takes."""
     with pytest.raises(ConfigurationError, match=f"{key} = .*: expected (one or )?two"):
         load_settings({key: value})
+
+
+def test_limits_are_one_table_for_scan_and_conversion() -> None:
+    """[limits] reaches both records, and the command line goes before it."""
+    write("parallel_dicomseg.toml", "[limits]\nfile_bytes = '2GiB'\nframes = 7\n")
+    settings = load_settings({"limits.frames": 9})
+    expected = Limits(file_bytes=2**31, frames=9)
+
+    assert (expected, expected) == (settings.scan.limits, settings.convert.limits)
+    assert settings.origins["limits.frames"] == "command line"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--limit", "frames=3", "--limit", "decode_seconds=2.5"], ["limits.frames", "3"]),
+        (["--limit", "file_bytes=1MiB"], ["limits.file_bytes", "1048576"]),
+        (["--limit", "frame=3"], ["limits.frame: there is no such setting", "frames"]),
+        (["--limit", "frames=many"], ["limits.frames = 'many'", "whole number"]),
+        (["--limit", "frames"], ["limits.frames = ''", "whole number"]),
+    ],
+)
+def test_limits_on_the_command_line(arguments: list[str], expected: list[str]) -> None:
+    """name=value, checked as in a file."""
+    from click.testing import CliRunner
+
+    from parallel_dicomseg.cli import main
+
+    done = CliRunner().invoke(main, ["scan", "--show-config", *arguments])
+
+    assert all(word in done.output for word in expected)

@@ -13,8 +13,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from parallel_dicomseg.limits import applied
 from parallel_dicomseg.records import (
     AnnotationRefs,
+    Limits,
     Reason,
     ScannedFile,
     ScanOptions,
@@ -533,13 +535,41 @@ def test_other_and_broken_xml(tmp_path, text, reason):
     assert "somebody" not in found.problems[0].detail
 
 
-def test_a_file_that_is_too_large(tmp_path, monkeypatch):
-    """More bytes than allowed are not parsed; both numbers are named."""
-    monkeypatch.setattr(lidc, "_MAX_BYTES", 10)
+@pytest.mark.parametrize(
+    ("limit", "detail"),
+    [
+        (Limits(xml_bytes=1000), "{bytes} bytes, limit 1000"),
+        (Limits(xml_elements=50), "XML of {tags} tags, limit 50"),
+    ],
+)
+def test_a_file_that_is_too_large(tmp_path, limit, detail):
+    """More bytes or tags than allowed are not parsed; both numbers are named."""
+    text = message([[roi(SQUARE) * 5]])
+    with applied(limit):
+        found, _ = find_text(tmp_path, text)
+
+    expected = detail.format(bytes=len(text), tags=text.count("<"))
+    assert [p.detail for p in found.problems] == [expected]
+
+
+@pytest.mark.parametrize("encoding", ["cp037", "utf-7", "shift_jis"])
+def test_xml_in_other_encodings_is_not_parsed(tmp_path, encoding):
+    """Where a tag may be written with other bytes than '<', nobody can count tags."""
     text = message([[roi(SQUARE)]])
+    text = f"<?xml version='1.0' encoding='{encoding}'?>" + text[text.find("<Lidc") :]
     found, _ = find_text(tmp_path, text)
 
-    assert [p.detail for p in found.problems] == [f"{len(text)} bytes, the largest allowed are 10"]
+    assert [p.detail for p in found.problems] == ["XML in another encoding than UTF-8 is not read"]
+
+
+def test_an_outline_of_endless_jumps_is_refused(tmp_path):
+    """Filling in a million long jumps would take all memory: such a region cannot be used."""
+    far = [(0, 0), (65535, 0)] * 20
+    found, images = find_text(tmp_path, message([[roi(far), roi(SQUARE, 1.0, "8.1")]]))
+    masks, _ = read_all(tmp_path, found, images)
+
+    assert [p.reason for p in found.problems if p.is_rejection] == [Reason.BAD_CONTOUR]
+    assert masks
 
 
 @pytest.mark.parametrize(

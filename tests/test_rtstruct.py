@@ -23,7 +23,14 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian, ExplicitVRBigEndian, Imp
 
 from parallel_dicomseg.geometry import to_patient
 from parallel_dicomseg.phantoms import ExtraContour, Phantom, ellipse, make_rtstruct_series
-from parallel_dicomseg.records import Problem, Reason, ScannedFile, ScanOptions, SliceTable
+from parallel_dicomseg.records import (
+    Limits,
+    Problem,
+    Reason,
+    ScannedFile,
+    ScanOptions,
+    SliceTable,
+)
 from parallel_dicomseg.sources import rtstruct, rtstruct_files
 from parallel_dicomseg.sources.base import Found
 
@@ -685,7 +692,7 @@ def test_phases_without_a_reference_are_ambiguous(tmp_path: Path) -> None:
     ("content", "message"),
     [
         (b"", "the file is empty"),
-        (b"\xfe\xff\x00\xe0" * (rtstruct_files.MAX_ITEMS + 1), f"limit {rtstruct_files.MAX_ITEMS}"),
+        (b"\xfe\xff\x00\xe0\0\0\0\0" * (Limits().header_elements + 1), "524289 elements and items"),
         (None, "No such file"),
     ],
 )

@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel_dicomseg import posix, text
+from parallel_dicomseg.records import Limits
 from parallel_dicomseg.text import (
-    MAX_CONTOUR_FILE_BYTES,
     ContourFiles,
     digest_bytes,
     parse_contour,
@@ -326,7 +326,7 @@ def test_what_cannot_be_read_is_an_error_without_a_path(tmp_path: Path) -> None:
     """A missing file, a folder, a pipe (which must not hang) and a huge file are refused."""
     huge = tmp_path / "huge.txt"
     with huge.open("wb") as file:
-        file.truncate(MAX_CONTOUR_FILE_BYTES + 1)
+        file.truncate(Limits().contour_bytes + 1)
     os.mkfifo(tmp_path / "pipe.txt")
     paths = [str(tmp_path / "gone.txt"), str(tmp_path), str(tmp_path / "pipe.txt"), str(huge)]
     files = read_contour_files(paths)

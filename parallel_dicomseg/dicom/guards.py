@@ -14,8 +14,8 @@ from parallel_dicomseg.dicom.slow_headers import (
     EXPLICIT_BIG_ENDIAN,
     EXPLICIT_LITTLE_ENDIAN,
     IMPLICIT_LITTLE_ENDIAN,
-    MOST_FRAMES,
 )
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import Int64, Problem, Reason
 
 NATIVE_LITTLE_ENDIAN = (IMPLICIT_LITTLE_ENDIAN, EXPLICIT_LITTLE_ENDIAN)
@@ -38,6 +38,10 @@ _COLOR = {
 # How many times its own size an encoding can unpack to at most: two bytes of RLE are 128 (PS3.5
 # G.3.1), deflate's longest match is 258 bytes for two bits (RFC 1951).
 _MOST_UNPACKED = ((b"1.2.840.10008.1.2.5", 64), *((uid, 1032) for uid in _DEFLATED))
+# The head of a fragment and the shortest content (PS3.5 A.4).
+_LEAST_FRAME = 10
+#: Smaller frames may be any number of times as large as their file: an empty one takes few bytes.
+LARGE_FRAME_BYTES = 2**25
 _BITS_ALLOCATED = (1, 8, 16, 24, 32, 40, 48, 56, 64)
 _NEEDED = {
     "rows": "(0028,0010) Rows",
@@ -62,18 +66,62 @@ def find_problems(columns: dict[str, Any], paths: Sequence[str]) -> dict[int, Pr
         for i in np.flatnonzero(wrong).tolist():
             problems.setdefault(i, Problem(paths[i], reason, text(i)))
 
+    _find_large_files(columns, add)
     _find_missing_tags(columns, add)
     _find_wrong_frames(columns, add)
     _find_wrong_samples(columns, add)
     _find_impossible_bits(columns, add)
     _find_short_pixels(columns, add)
     _find_impossible_sizes(columns, add)
+    _find_large_frames(columns, add)
     _find_scale_problems(columns, add)
     return problems
 
 
 def _missing(label: str, column: NDArray[Any], i: int) -> str:
     return f"{label} is missing or malformed" if column[i] < 0 else f"{label} is 0"
+
+
+def _find_large_files(columns: dict[str, Any], add: _Add) -> None:
+    """Reject what is larger than the limits allow before any of its pixels are read."""
+    size, offset = columns["file_size"], columns["pixel_offset"]
+    most, most_header = limits().file_bytes, limits().header_bytes
+    add(
+        size > most,
+        Reason.UNREADABLE_FILE,
+        lambda i: f"{size[i]} bytes, limit {most}",
+    )
+    add(
+        offset > most_header,
+        Reason.UNREADABLE_FILE,
+        lambda i: f"a header of {offset[i]} bytes, limit {most_header}",
+    )
+
+
+def _find_large_frames(columns: dict[str, Any], add: _Add) -> None:
+    """Reject frames that are large as such, or far too large for their file."""
+    rows, width, size = columns["rows"], columns["columns"], columns["file_size"]
+    most, expansion = limits().image_pixels, limits().expansion
+    add(
+        rows.astype(np.int64) * width > most,
+        Reason.UNSUPPORTED_PIXELS,
+        lambda i: f"Rows x Columns = {rows[i]} x {width[i]} pixels, limit {most}",
+    )
+    frames, encoded = columns["number_of_frames"], columns["pixel_length"] < 0
+    add(
+        encoded & (frames * _LEAST_FRAME > size),
+        Reason.PIXEL_DATA_SHORT,
+        lambda i: f"(0028,0008) Number of Frames is {frames[i]:g} in a file of {size[i]} bytes",
+    )
+    frame = pixel_bytes(columns, np.ones(len(rows)))
+    add(
+        frame > np.maximum(LARGE_FRAME_BYTES, expansion * size),
+        Reason.PIXEL_DATA_SHORT,
+        lambda i: (
+            f"Rows x Columns = {rows[i]} x {width[i]} need {frame[i]} bytes, more than "
+            f"{expansion} times the file's {size[i]}"
+        ),
+    )
 
 
 def _find_missing_tags(columns: dict[str, Any], add: _Add) -> None:
@@ -85,11 +133,12 @@ def _find_missing_tags(columns: dict[str, Any], add: _Add) -> None:
 def _find_wrong_frames(columns: dict[str, Any], add: _Add) -> None:
     """Reject numbers of frames that are none, too many, or not those of the functional groups."""
     frames, items = columns["number_of_frames"], columns["items"]
-    possible = (frames >= 1) & (frames <= MOST_FRAMES) & (frames == np.rint(frames))
+    most = limits().frames
+    possible = (frames >= 1) & (frames <= most) & (frames == np.rint(frames))
     add(
         ~possible,
         Reason.UNSUPPORTED_PIXELS,
-        lambda i: f"(0028,0008) Number of Frames is {frames[i]:g}, 1 to {MOST_FRAMES} are read",
+        lambda i: f"(0028,0008) Number of Frames is {frames[i]:g}, 1 to {most} are read",
     )
     add(
         (items > 0) & (items != frames),
@@ -198,7 +247,7 @@ def pixel_bytes(columns: dict[str, Any], frames: NDArray[Any] | None = None) -> 
         halves[columns["photometric_interpretation"] == name] = count
     counts = columns["number_of_frames"] if frames is None else frames
     # out of range here is out of every file too; and the guards before have told what is no number
-    whole = np.clip(np.nan_to_num(counts, nan=1.0), 1, MOST_FRAMES).astype(np.int64)
+    whole = np.clip(np.nan_to_num(counts, nan=1.0), 1, limits().frames).astype(np.int64)
     pixels = columns["rows"].astype(np.int64) * columns["columns"]
     bits: Int64 = pixels * halves // 2 * whole * columns["bits_allocated"]
     return np.maximum((bits + 7) // 8, 0)

@@ -42,6 +42,7 @@ from parallel_dicomseg.dicom.elements import (
     value_of,
 )
 from parallel_dicomseg.dicom.guards import find_problems, pixel_bytes
+from parallel_dicomseg.dicom.opened import FrameError, find_frames
 from parallel_dicomseg.dicom.slow_headers import (
     IMPLICIT_LITTLE_ENDIAN,
     FileHeader,
@@ -50,6 +51,8 @@ from parallel_dicomseg.dicom.slow_headers import (
     read_header,
 )
 from parallel_dicomseg.dicom.walk import PIXELS, UNKNOWN, Walked, walk_files, walk_groups
+from parallel_dicomseg.files import open_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.posix import AVAILABLE
 from parallel_dicomseg.records import (
     Bytes,
@@ -75,7 +78,6 @@ SECONDARY_CAPTURE = b"1.2.840.10008.5.1.4.1.1.7"
 
 _FILES_AT_ONCE = 4096
 _ROWS_AT_ONCE = 16384
-_LARGEST_GROUPS = 2**28
 # Encoded pixels that claim to be this many times as large are compared with their codestream.
 _SUSPICIOUS = 100
 _CODESTREAM_HEAD = 2**16
@@ -338,10 +340,8 @@ def read_groups(root: str, path: str, walked: Walked, i: int) -> FileHeader | Pr
         if length == 0:
             continue
         stop = pixel_offset if length < 0 else start + length
-        if stop - start > _LARGEST_GROUPS:
-            detail = (
-                f"functional groups of {stop - start} bytes, at most {_LARGEST_GROUPS} are read"
-            )
+        if stop - start > limits().header_bytes:
+            detail = f"functional groups of {stop - start} bytes, limit {limits().header_bytes}"
             return Problem(path, Reason.UNSUPPORTED_PIXELS, detail)
         try:
             raw = _read_bytes(Path(root) / path, start, stop)
@@ -358,7 +358,7 @@ def read_groups(root: str, path: str, walked: Walked, i: int) -> FileHeader | Pr
 
 
 def _read_bytes(file: Path, start: int, stop: int) -> bytes:
-    with file.open("rb") as stream:
+    with open_regular(file, limits().file_bytes) as stream:
         stream.seek(start)
         return stream.read(stop - start)
 
@@ -396,6 +396,7 @@ def _judge(
     classes = columns["sop_class_uid"]
     rejected: dict[int, ScannedFile | Problem] = {
         **_find_false_sizes(names.root, columns, paths),
+        **_find_false_frames(names.root, columns, rows, paths),
         **find_problems(columns, paths),
     }
     for k in np.flatnonzero(np.isin(classes, NOT_IMAGES)).tolist():
@@ -424,6 +425,30 @@ def _find_false_sizes(
                 f"(0028,0011) Columns is {expected[0]} x {expected[1]}"
             )
             problems[i] = Problem(paths[i], Reason.IMAGE_SIZE_DIFFERS, detail)
+    return problems
+
+
+def _find_false_frames(
+    root: str, columns: dict[str, Any], rows: _Rows, paths: Sequence[str]
+) -> dict[int, Problem]:
+    """Files of several encoded frames whose fragments cannot be these frames.
+
+    Once for each file: a task that opened it would find out again.
+    """
+    frames = columns["number_of_frames"]
+    several = (frames > 1) & (frames <= limits().frames) & (columns["pixel_length"] < 0)
+    several &= columns["pixel_offset"] >= 0
+    several[1:] &= np.diff(rows.file) != 0
+    problems = {}
+    for i in np.flatnonzero(several).tolist():
+        try:
+            with open_regular(Path(root) / paths[i], limits().file_bytes) as stream:
+                stream.seek(int(columns["pixel_offset"][i]))
+                find_frames(stream, int(frames[i]), int(columns["file_size"][i]))
+        except FrameError as error:
+            problems[i] = Problem(paths[i], error.reason, error.detail)
+        except OSError:
+            continue  # whoever reads the pixels tells
     return problems
 
 

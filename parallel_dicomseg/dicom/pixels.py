@@ -2,36 +2,26 @@
 
 Native little-endian frames of many files are read, rescaled and placed by one call without the
 GIL. Everything else is decoded frame by frame through pydicom, with the decoder that decoders.py
-pins; that path is also the twin of the fast one in the tests.
+pins, in a process of its own where it is compressed; that path is also the twin of the fast one in
+the tests.
 """
 
 from __future__ import annotations
 
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.dicom.decoders import (
-    DEFLATED_LITTLE_ENDIAN,
-    EXPLICIT_BIG_ENDIAN,
-    EXPLICIT_LITTLE_ENDIAN,
-    EXTRA,
-    IMPLICIT_LITTLE_ENDIAN,
-    Decoder,
-    codestream_decoder,
-    codestream_size,
-    decoder_for,
-    native_frame,
-    quiet,
-)
+from parallel_dicomseg.dicom.decoders import EXPLICIT_LITTLE_ENDIAN, codestream_size, quiet
+from parallel_dicomseg.dicom.opened import GREY, NATIVE, FrameError, OpenImage, open_image
+from parallel_dicomseg.dicom.sandbox import DecodingError, as_array, decode_apart
+from parallel_dicomseg.errors import ResumableError
 from parallel_dicomseg.jit import kernel
 from parallel_dicomseg.posix import close, file_size, open_read_only, pack_paths, read_at
 from parallel_dicomseg.records import (
@@ -50,28 +40,8 @@ from parallel_dicomseg.resample import is_shift, place, resample, to_dtype
 #: Weights of red, green and blue in the luminance (ITU-R BT.601-7, 2.5.1).
 LUMINANCE = np.array([0.299, 0.587, 0.114])
 
-_NATIVE = (
-    IMPLICIT_LITTLE_ENDIAN,
-    EXPLICIT_LITTLE_ENDIAN,
-    DEFLATED_LITTLE_ENDIAN,
-    EXPLICIT_BIG_ENDIAN,
-)
-_GREY = ("MONOCHROME1", "MONOCHROME2")
-
 # How reading the pixels of one file ended.
 _READ, _NOT_OPENED, _SIZE_CHANGED, _SHORT = 0, 1, 2, 3
-
-
-class FrameError(Exception):
-    """Why one frame cannot be used; inside this module it becomes a Problem.
-
-    The message never holds a value of the header other than sizes and bits.
-    """
-
-    def __init__(self, reason: Reason, detail: str) -> None:
-        super().__init__(detail)
-        self.reason = reason
-        self.detail = detail
 
 
 def read_images(
@@ -452,58 +422,6 @@ def _exactly(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
 # --- decoded pixels ------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class OpenImage:
-    """A DICOM image whose header has been read; its pixels are read frame by frame."""
-
-    dataset: Any
-    """The header as a pydicom Dataset, without pixels."""
-    stream: BinaryIO
-    start: int
-    """Where in the stream the value of the pixel data begins."""
-    decoder: Decoder
-    options: dict[str, Any]
-    """What pydicom's decoders want to know of the header."""
-
-    @property
-    def is_grey(self) -> bool:
-        """Whether its pixels are neither colour nor indices into a palette."""
-        return str(self.options.get("photometric_interpretation")) in _GREY
-
-
-@contextmanager
-def open_image(file: Path) -> Iterator[OpenImage]:
-    """Read the header of an image file, and keep the file open for its frames.
-
-    Raises
-    ------
-    OSError
-        The file cannot be read.
-    FrameError
-        It has no pixels, or no decoder for them is known or installed.
-    Exception
-        Whatever pydicom raises on a broken header.
-    """
-    from pydicom import dcmread
-    from pydicom.pixels.utils import as_pixel_options
-
-    with file.open("rb") as stream:
-        dataset = dcmread(stream, stop_before_pixels=True, force=True)
-        syntax = _transfer_syntax(dataset)
-        pixels: BinaryIO = stream
-        if syntax == DEFLATED_LITTLE_ENDIAN:
-            pixels, keyword, vr = _inflated(stream)
-        else:
-            keyword, vr = _read_pixel_tag(stream, dataset)
-        options = as_pixel_options(dataset, pixel_keyword=keyword, pixel_vr=vr)
-        options.setdefault("samples_per_pixel", 1)
-        decoder = _installed_decoder(syntax, options)
-        start = pixels.tell()
-        if syntax not in _NATIVE and "extended_offsets" not in options:
-            options |= _frame_table(pixels, int(options["number_of_frames"]))
-        yield OpenImage(dataset, pixels, start, decoder, options)
-
-
 def decode_frame(file: Path, frame: int) -> NDArray[Any]:
     """The stored values of one frame: (rows, columns), or (rows, columns, 3) red, green, blue.
 
@@ -524,7 +442,7 @@ def stored_frame(image: OpenImage, frame: int) -> NDArray[Any]:
     if not 0 <= frame < int(options["number_of_frames"]):
         detail = f"frame {frame + 1} of (0028,0008) Number of Frames {options['number_of_frames']}"
         raise FrameError(Reason.UNDECODABLE_PIXELS, detail)
-    if image.decoder.transfer_syntax_uid in _NATIVE:
+    if image.decoder.transfer_syntax_uid in NATIVE:
         stored, kind = _native_frame(image, frame)
     else:
         stored, kind = _encoded_frame(image, frame)
@@ -538,7 +456,7 @@ def stored_frame(image: OpenImage, frame: int) -> NDArray[Any]:
 
 def _check_decoded(stored: NDArray[Any], kind: str, options: dict[str, Any]) -> None:
     """A FrameError unless the frame is grey or red, green and blue, in the header's size."""
-    if kind not in (*_GREY, "RGB"):
+    if kind not in (*GREY, "RGB"):
         detail = "(0028,0004) Photometric Interpretation is neither grey, palette, RGB nor YBR"
         raise FrameError(Reason.UNSUPPORTED_PIXELS, detail)
     expected = (options["rows"], options["columns"], *((3,) if kind == "RGB" else ()))
@@ -550,85 +468,6 @@ def _reject_size(found: Sequence[int], expected: Sequence[int]) -> None:
     sizes = (" x ".join(map(str, size)) for size in (found, expected))
     detail = "the frame holds {} pixels, (0028,0010) Rows x (0028,0011) Columns is {}"
     raise FrameError(Reason.IMAGE_SIZE_DIFFERS, detail.format(*sizes))
-
-
-def _transfer_syntax(dataset: Any) -> str:
-    """Of a dataset; what it turned out to be where the file has no meta header."""
-    uid = getattr(dataset, "file_meta", {}).get("TransferSyntaxUID")
-    if uid:
-        return str(uid)
-    implicit, little = dataset.original_encoding
-    if not little:
-        return EXPLICIT_BIG_ENDIAN
-    return IMPLICIT_LITTLE_ENDIAN if implicit else EXPLICIT_LITTLE_ENDIAN
-
-
-def _installed_decoder(syntax: str, options: dict[str, Any]) -> Decoder:
-    decoder = decoder_for(syntax, options["bits_allocated"], options["samples_per_pixel"])
-    if decoder is None:
-        # not named: what stands there may be anything
-        detail = "(0002,0010) Transfer Syntax UID is none that a decoder is known for"
-        raise FrameError(Reason.UNDECODABLE_PIXELS, detail)
-    if not decoder.is_installed:
-        detail = f"(0002,0010) Transfer Syntax {decoder.name} ({syntax}) needs a decoder: {EXTRA}"
-        raise FrameError(Reason.UNDECODABLE_PIXELS, detail)
-    return decoder
-
-
-_PIXEL_KEYWORDS = {0x0008: "FloatPixelData", 0x0009: "DoubleFloatPixelData", 0x0010: "PixelData"}
-_PIXEL_VRS = ("OB", "OW", "OF", "OD", "UN")
-
-
-def _read_pixel_tag(stream: BinaryIO, dataset: Any) -> tuple[str, str]:
-    """Step over the head of the pixel data element; its keyword and VR (PS3.5 7.1)."""
-    order = "<" if dataset.original_encoding[1] else ">"
-    head = stream.read(8).ljust(8, b"\0")
-    group, element = np.frombuffer(head, f"{order}u2", 2).tolist()
-    keyword = _PIXEL_KEYWORDS.get(element) if group == 0x7FE0 else None
-    if keyword is None:
-        raise FrameError(Reason.MISSING_TAG, "(7FE0,0010) Pixel Data is missing")
-    # not every file has the VRs that its transfer syntax promises
-    vr = head[4:6].decode("ascii", "replace")
-    if vr in _PIXEL_VRS:
-        stream.seek(4, os.SEEK_CUR)
-    else:
-        vr = "OW"
-    return keyword, vr
-
-
-def _inflated(stream: BinaryIO) -> tuple[BinaryIO, str, str]:
-    """The pixel data of a deflated file, its keyword and VR."""
-    from pydicom import dcmread
-
-    stream.seek(0)
-    dataset = dcmread(stream, force=True)
-    keyword = next((name for name in _PIXEL_KEYWORDS.values() if name in dataset), None)
-    if keyword is None:
-        raise FrameError(Reason.MISSING_TAG, "(7FE0,0010) Pixel Data is missing")
-    return io.BytesIO(dataset[keyword].value), keyword, dataset[keyword].VR
-
-
-def _frame_table(stream: BinaryIO, frames: int) -> dict[str, Any]:
-    """Where each of several frames is, as an extended offset table, where the file has no table.
-
-    pydicom would walk through all fragments for every single frame.
-    """
-    from pydicom.encaps import parse_basic_offsets, parse_fragments
-
-    start = stream.tell()
-    try:
-        if frames == 1 or parse_basic_offsets(stream):
-            return {}
-        first = stream.tell()
-        count, offsets = parse_fragments(stream)
-        if count != frames:
-            return {}
-        stream.seek(offsets[-1] + 4)
-        last = int.from_bytes(stream.read(4), "little")
-        lengths = [after - at - 8 for at, after in pairwise(offsets)]
-        return {"extended_offsets": ([at - first for at in offsets], [*lengths, last])}
-    finally:
-        stream.seek(start)
 
 
 def _native_frame(image: OpenImage, frame: int) -> tuple[NDArray[Any], str]:
@@ -668,7 +507,7 @@ def _unpack(stream: BinaryIO, frame: int, options: dict[str, Any]) -> tuple[NDAr
 
 def _encoded_frame(image: OpenImage, frame: int) -> tuple[NDArray[Any], str]:
     """Values and photometric interpretation of a frame that is encoded."""
-    from pydicom.encaps import encapsulate, get_frame
+    from pydicom.encaps import get_frame
 
     options = dict(image.options)
     frames, offsets = int(options["number_of_frames"]), options.pop("extended_offsets", None)
@@ -678,15 +517,16 @@ def _encoded_frame(image: OpenImage, frame: int) -> tuple[NDArray[Any], str]:
     expected = (options["rows"], options["columns"])
     if claimed is not None and claimed != expected:
         _reject_size(claimed, expected)
-    if image.decoder.gives == "native":
-        pixels, changed = native_frame(encoded, image.decoder, options)
-        if changed["bits_allocated"] == 1:
-            return _unpack(io.BytesIO(pixels), 0, changed)
-        return _as_array(pixels, 0, EXPLICIT_LITTLE_ENDIAN, image, **changed)
-    stored, found = codestream_decoder(image.decoder).as_array(
-        encapsulate([encoded], has_bot=False), index=0, **{**options, "number_of_frames": 1}
-    )
-    return stored, str(found["photometric_interpretation"])
+    try:
+        found, pixels = decode_apart(encoded, image.decoder, options)
+        if image.decoder.gives == "codestream":
+            return as_array(found, pixels), str(found["kind"])
+    except DecodingError as error:
+        raise FrameError(Reason.UNDECODABLE_PIXELS, str(error)) from None
+    changed = found["options"]
+    if changed["bits_allocated"] == 1:
+        return _unpack(io.BytesIO(pixels.tobytes()), 0, changed)
+    return _as_array(pixels.tobytes(), 0, EXPLICIT_LITTLE_ENDIAN, image, **changed)
 
 
 def _modality_lut(image: OpenImage) -> Callable[[NDArray[Any]], NDArray[Any]] | None:
@@ -725,9 +565,13 @@ def _decode_file(
             for i in places:
                 try:
                     _decode_into(out[i], image, slices, i, layout)
+                except ResumableError:  # is about this machine
+                    raise
                 except Exception as error:  # noqa: BLE001 broken files make decoders raise anything
                     name = f"frame {slices.frame[i] + 1} of {frames}: " if frames > 1 else ""
                     failed[i] = _decode_problem(path, error, name)
+    except ResumableError:
+        raise
     except Exception as error:  # noqa: BLE001 and pydicom as well
         return dict.fromkeys(places, _decode_problem(path, error))
     return failed

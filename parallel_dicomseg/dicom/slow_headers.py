@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import BytesIO
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -40,6 +38,8 @@ from parallel_dicomseg.dicom.elements import (
     pack,
     vr_kind,
 )
+from parallel_dicomseg.files import open_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import Problem, Reason, ScannedFile
 
 IMPLICIT_LITTLE_ENDIAN = b"1.2.840.10008.1.2"
@@ -52,9 +52,6 @@ DEFLATED = (
     b"1.2.840.10008.1.2.4.205",
 )
 
-#: More frames than this in one file are refused: a header can claim any number of them.
-MOST_FRAMES = 65536
-
 # An empty item of a sequence costs pydicom one read and most of all, about 30 microseconds.
 _MOST_READS = 20_000
 _LARGEST_READ = 2**24
@@ -62,7 +59,6 @@ _LARGEST_HEADER = 2**25
 _LARGEST_META = 2**16
 _EMPTY_ITEM_BYTES = 8
 _PREFIX_END = 132
-_FLAGS = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
 _VRS = frozenset(
     b"AE AS AT CS DA DS DT FD FL IS LO LT OB OD OF OL OV OW PN SH SL SQ SS ST SV TM UC UI UL UN UR "
     b"US UT UV".split()
@@ -92,7 +88,7 @@ class _UnreadableError(Exception):
     """The header cannot be read, and the text says why without quoting it."""
 
 
-class _Metered:
+class Metered:
     """A file that may be read only so often and so much at once."""
 
     def __init__(self, file: BinaryIO, left: Iterator[int]) -> None:
@@ -109,9 +105,14 @@ class _Metered:
             raise _UnreadableError(f"an element of {size} bytes, at most {_LARGEST_READ} are read")
         return self._file.read(size)
 
-    def over(self, raw: bytes) -> _Metered:
+    @classmethod
+    def of(cls, file: BinaryIO) -> Metered:
+        """A file on an account of its own."""
+        return cls(file, iter(range(_MOST_READS)))
+
+    def over(self, raw: bytes) -> Metered:
         """A value in memory, on the same account."""
-        return _Metered(BytesIO(raw), self._left)
+        return Metered(BytesIO(raw), self._left)
 
 
 def read_header(root: str, path: str) -> FileHeader | ScannedFile | Problem:
@@ -123,11 +124,8 @@ def read_header(root: str, path: str) -> FileHeader | ScannedFile | Problem:
     nor says so by its name; a Problem for one that cannot be read.
     """
     try:
-        descriptor = os.open(Path(root) / path, _FLAGS)
-        try:
-            return _read_open(descriptor, path)
-        finally:
-            os.close(descriptor)
+        with open_regular(f"{root}/{path}", limits().file_bytes) as file:
+            return _read_open(file, path)
     except Exception as error:  # noqa: BLE001 broken files make pydicom raise anything
         return _problem_of(path, error)
 
@@ -146,17 +144,14 @@ def _problem_of(path: str, error: BaseException) -> Problem:
     return Problem(path, Reason.NOT_DICOM, detail)
 
 
-def _read_open(descriptor: int, path: str) -> FileHeader | ScannedFile | Problem:
-    status = os.fstat(descriptor)
-    if not stat.S_ISREG(status.st_mode):
-        return Problem(path, Reason.UNREADABLE_FILE, "not a regular file")
-    with os.fdopen(descriptor, "rb", closefd=False) as file:
-        start, encoding = _start_of(file, status.st_size)
-        if start < 0:
-            return _no_dicom(path, status.st_size)
-        # its warnings print tag values, and there is one per illegal UID
-        with quiet():
-            return _read(file, status.st_size, start, encoding)
+def _read_open(file: BinaryIO, path: str) -> FileHeader | ScannedFile | Problem:
+    size = os.fstat(file.fileno()).st_size
+    start, encoding = _start_of(file, size)
+    if start < 0:
+        return _no_dicom(path, size)
+    # its warnings print tag values, and there is one per illegal UID
+    with quiet():
+        return _read(file, size, start, encoding)
 
 
 def claims_dicom(path: str) -> bool:
@@ -173,15 +168,21 @@ def _no_dicom(path: str, size: int) -> ScannedFile | Problem:
 
 
 @dataclass(frozen=True, slots=True)
-class _Encoding:
+class Encoding:
     """How a data set is written."""
 
     syntax: bytes
+    """Transfer syntax UID."""
     implicit: bool
     little: bool
 
+    @property
+    def is_deflated(self) -> bool:
+        """Whether it is an image's or annotation's data set in one deflate stream."""
+        return self.syntax == DEFLATED[0]
 
-def _start_of(file: BinaryIO, size: int) -> tuple[int, _Encoding | None]:
+
+def _start_of(file: BinaryIO, size: int) -> tuple[int, Encoding | None]:
     """Where the first element is, and how it is written where no file meta group says so.
 
     -1 where there is none: a data set at byte 0 must begin as one does (PS3.5 7.1).
@@ -195,7 +196,7 @@ def _start_of(file: BinaryIO, size: int) -> tuple[int, _Encoding | None]:
     return (-1, None) if encoding is None else (0, encoding)
 
 
-def _guess(head: bytes, size: int) -> _Encoding | None:
+def _guess(head: bytes, size: int) -> Encoding | None:
     """How a data set is written that begins with these bytes; None where it is none."""
     if len(head) < 8:
         return None
@@ -204,25 +205,45 @@ def _guess(head: bytes, size: int) -> _Encoding | None:
         if group != 8 or element > 0x70:
             continue
         if head[4:6] in _VRS:
-            return _Encoding(explicit_syntax, False, order == "<")
+            return Encoding(explicit_syntax, False, order == "<")
         if order == "<" and struct.unpack_from("<I", head, 4)[0] <= min(size - 8, 256):
-            return _Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
+            return Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
     return None
 
 
-def _read(file: BinaryIO, size: int, start: int, encoding: _Encoding | None) -> FileHeader:
+def find_data_set(file: BinaryIO, size: int) -> tuple[int, Encoding]:
+    """Where the data set of a file begins, behind the file meta group, and how it is written.
+
+    -1 where there is none. Raises whatever a broken file meta group makes.
+    """
+    start, encoding = _start_of(file, size)
+    if start < 0:
+        return -1, Encoding(b"", True, True)
+    start, encoding, _ = _after_meta(file, size, start, encoding)
+    return start, encoding
+
+
+def _after_meta(
+    file: BinaryIO, size: int, start: int, encoding: Encoding | None
+) -> tuple[int, Encoding, dict[int, bytes]]:
+    """Where the data set begins, how it is written, and what the meta group before it says."""
+    if encoding is not None:
+        return start, encoding, {}
+    file.seek(start)
+    position, meta = _read_meta(file.read(_LARGEST_META))
+    start += position
+    encoding = _encoding_of(file, size, start, meta.get(TRANSFER_SYNTAX_UID, b""))
+    return start, encoding, meta
+
+
+def _read(file: BinaryIO, size: int, start: int, encoding: Encoding | None) -> FileHeader:
     from pydicom.filereader import read_dataset
 
-    meta: dict[int, bytes] = {}
-    if encoding is None:
-        file.seek(start)
-        position, meta = _read_meta(file.read(_LARGEST_META))
-        start += position
-        encoding = _encoding_of(file, size, start, meta.get(TRANSFER_SYNTAX_UID, b""))
+    start, encoding, meta = _after_meta(file, size, start, encoding)
     file.seek(start)
     deflated = encoding.syntax in DEFLATED
     data = _inflate(file.read(_LARGEST_HEADER)) if deflated else file
-    metered = _Metered(data, iter(range(_MOST_READS)))
+    metered = Metered.of(data)
     pixels: list[tuple[int, int, int]] = []
 
     def at_pixels(tag: int, _: str | None, length: int) -> bool:
@@ -263,13 +284,13 @@ def _read_meta(head: bytes) -> tuple[int, dict[int, bytes]]:
     return at, kept
 
 
-def _encoding_of(file: BinaryIO, size: int, start: int, raw_syntax: bytes) -> _Encoding:
+def _encoding_of(file: BinaryIO, size: int, start: int, raw_syntax: bytes) -> Encoding:
     """How the data set at `start` is written, by its transfer syntax (PS3.5 A) or its beginning."""
     syntax = raw_syntax.strip(b" \0")
     if not syntax:
         file.seek(start)
-        return _guess(file.read(8), size) or _Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
-    return _Encoding(syntax, syntax == IMPLICIT_LITTLE_ENDIAN, syntax != EXPLICIT_BIG_ENDIAN)
+        return _guess(file.read(8), size) or Encoding(IMPLICIT_LITTLE_ENDIAN, True, True)
+    return Encoding(syntax, syntax == IMPLICIT_LITTLE_ENDIAN, syntax != EXPLICIT_BIG_ENDIAN)
 
 
 def _inflate(raw: bytes) -> BinaryIO:
@@ -333,7 +354,7 @@ def _rewritten(dataset: Any, tag: int) -> bytes:
 def _with_sequences(
     header: dict[int, bytes],
     dataset: Any,
-    metered: _Metered,
+    metered: Metered,
     size: int,
     pixels: tuple[int, int, int],
 ) -> FileHeader:
@@ -353,15 +374,15 @@ def frames_of(values: Values) -> int:
     """Number of Frames of the first header, as far as it can be; the guards judge it."""
     start, length = values.spans[0, SLOT[NUMBER_OF_FRAMES]].tolist()
     text = values.raw[start : start + length].tobytes().strip(b" \0")
-    return max(1, min(int(text), MOST_FRAMES)) if text.isdigit() and len(text) < 10 else 1
+    return max(1, min(int(text), limits().frames)) if text.isdigit() and len(text) < 10 else 1
 
 
-def _groups(dataset: Any, tag: int, metered: _Metered) -> list[dict[int, bytes]]:
+def _groups(dataset: Any, tag: int, metered: Metered) -> list[dict[int, bytes]]:
     """The kept values of each item of a sequence of functional groups (PS3.3 C.7.6.16)."""
     return [_group(item, metered) for item in _items(dataset, tag, metered)]
 
 
-def _group(item: Any, metered: _Metered) -> dict[int, bytes]:
+def _group(item: Any, metered: Metered) -> dict[int, bytes]:
     """The values in the first item of every macro of one frame."""
     group: dict[int, bytes] = {}
     for tag in item.keys():  # noqa: SIM118 as above
@@ -390,7 +411,7 @@ def _kept_of_macro(macro: Any) -> dict[int, bytes]:
     return kept
 
 
-def _items(dataset: Any, tag: int, metered: _Metered) -> list[Any]:
+def _items(dataset: Any, tag: int, metered: Metered) -> list[Any]:
     """The items of a sequence; none where the element is no sequence or one of an empty item."""
     from pydicom.dataelem import RawDataElement
     from pydicom.filereader import read_sequence
@@ -415,7 +436,7 @@ def _items(dataset: Any, tag: int, metered: _Metered) -> list[Any]:
     )
 
 
-def _lut_range(dataset: Any, metered: _Metered) -> tuple[float, float]:
+def _lut_range(dataset: Any, metered: Metered) -> tuple[float, float]:
     """Lowest and highest value of the first modality lookup table (PS3.3 C.11.1.1)."""
     for item in _items(dataset, MODALITY_LUT_SEQUENCE, metered)[:1]:
         bits = int(item.LUTDescriptor[2])

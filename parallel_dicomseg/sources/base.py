@@ -181,7 +181,11 @@ def _judge_other(root: str, path: str, entry: os.DirEntry[str]) -> Problem | Non
     if not target.is_relative_to(root):
         detail = "a link that leaves the data directory is not followed"
         return Problem(place, Reason.OUTSIDE_DATA_DIRECTORY, detail)
-    return stray(place, "a link to a folder is not followed") if target.is_dir() else None
+    if target.is_dir():
+        return stray(place, "a link to a folder is not followed")
+    if target.exists() and not target.is_file():
+        return stray(place, "a link to something that is no regular file")
+    return None
 
 
 def stray(path: str, detail: str) -> Problem:

@@ -19,15 +19,19 @@ of readers who must have marked a pixel.
 from __future__ import annotations
 
 import math
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.files import open_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.rasterize import rasterize_contours
 from parallel_dicomseg.records import (
     Annotation,
@@ -63,8 +67,14 @@ _X_RAY_ROOT = "{http://www.nih.gov/idri}IdriReadMessage"
 _ROOT_NAMES = (b"LidcReadMessage", b"IdriReadMessage")
 # The root element stands in the first bytes of a file.
 _HEAD_BYTES = 4096
-# The largest of the 1,018 CT files have about 2 MB.
-_MAX_BYTES = 32 * 2**20
+# The longest outline has less than 1,000 pixels: a jump to and fro costs as many as it is long.
+_MAX_OUTLINE = 2**20
+# A point's coordinate is the sixth element from the root.
+_MAX_DEPTH = 32
+# What the bytes of a tag are counted in: other encodings may write it otherwise.
+_ENCODING = re.compile(
+    rb"""^[^>]*\bencoding\s*=\s*["'](?!(?:utf-8|us-ascii|iso-8859-1)["'])""", re.IGNORECASE
+)
 _MAX_COORDINATE = 65535
 _AXIAL = np.array([0.0, 0.0, 1.0])
 
@@ -205,7 +215,7 @@ def _oddities(counts: Counts) -> Iterator[Flaw]:
         yield Reason.NO_AREA, f"{parts}; {counts.outlines} outlines are used{kept}"
     if counts.unusable:
         detail = f"{counts.unusable} regions without whole coordinates up to {_MAX_COORDINATE}"
-        yield Reason.BAD_CONTOUR, f"{detail} or without inclusion"
+        yield Reason.BAD_CONTOUR, f"{detail}, without inclusion, or longer than any outline"
 
 
 def _annotations(
@@ -496,14 +506,15 @@ def _line(start: Int64, end: Int64) -> Int64:
 
 
 def _parse(file: Path, size: int) -> Reading | Flaw:
-    with file.open("rb") as stream:
+    with open_regular(file, limits().file_bytes) as stream:
         head = stream.read(_HEAD_BYTES)
         if not any(root in head for root in _ROOT_NAMES):
             return _OTHER_XML
-        if size > _MAX_BYTES:
-            return Reason.UNREADABLE_FILE, f"{size} bytes, the largest allowed are {_MAX_BYTES}"
+        if size > limits().xml_bytes:
+            return Reason.UNREADABLE_FILE, f"{size} bytes, limit {limits().xml_bytes}"
         stream.seek(0)
-        root = _root_element(stream)
+        raw = stream.read(limits().xml_bytes)
+    root = _flaw_of(raw) or _root_element(raw)
     if isinstance(root, tuple):
         return root
     if root.tag == _X_RAY_ROOT:
@@ -514,17 +525,54 @@ def _parse(file: Path, size: int) -> Reading | Flaw:
 _load = ParsedFiles(_parse, most=32).load
 
 
-def _root_element(stream: BinaryIO) -> Any | Flaw:
+def _flaw_of(raw: bytes) -> Flaw | None:
+    """Why XML is not parsed: every tag has its '<', every attribute its '='."""
+    if _ENCODING.match(raw):
+        return Reason.UNREADABLE_FILE, "XML in another encoding than UTF-8 is not read"
+    most = limits().xml_elements
+    for sign, what in ((b"<", "tags"), (b"=", "attributes")):
+        count = raw.count(sign)
+        if count > most:
+            return Reason.UNREADABLE_FILE, f"XML of {count} {what}, limit {most}"
+    return None
+
+
+def _root_element(raw: bytes) -> Any | Flaw:
     """The root of an XML file without a document type, and so without entities."""
     from defusedxml import ElementTree
     from defusedxml.common import DefusedXmlException
 
     try:
-        return ElementTree.parse(stream, forbid_dtd=True).getroot()
+        parser = ElementTree.XMLParser(target=_shallow_builder()(), forbid_dtd=True)
+        parser.feed(raw)
+        return parser.close()
     except DefusedXmlException:
         return Reason.UNREADABLE_FILE, "XML that declares types or entities is not read"
     except (ElementTree.ParseError, LookupError, ValueError) as error:
         return Reason.UNREADABLE_FILE, f"not well-formed XML ({type(error).__name__})"
+
+
+@cache
+def _shallow_builder() -> Any:
+    """A TreeBuilder that refuses elements too deep inside one another."""
+    from xml.etree.ElementTree import TreeBuilder
+
+    class Shallow(TreeBuilder):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depth = 0
+
+        def start(self, tag: str, attributes: Any) -> Any:
+            self.depth += 1
+            if self.depth > _MAX_DEPTH:
+                raise ValueError
+            return super().start(tag, attributes)
+
+        def end(self, tag: str) -> Any:
+            self.depth -= 1
+            return super().end(tag)
+
+    return Shallow
 
 
 def parse_reading(root: Any) -> Reading:
@@ -592,6 +640,9 @@ def _points_of(roi: Any) -> tuple[Int64 | None, Counts]:
     repeated = int((steps == 0).sum())
     if repeated == len(steps):
         return points[:1], Counts(marks=1, repeated_points=repeated)
+    length = int(steps.sum())
+    if length > _MAX_OUTLINE:
+        return None, Counts(unusable=1)
     is_open = bool((points[0] != points[-1]).any())
     counts = Counts(
         outlines=1,

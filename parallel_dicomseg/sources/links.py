@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel_dicomseg.errors import LayoutError
+from parallel_dicomseg.files import read_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.sources.base import CanonicalName, canonical_name
-
-MAX_TABLE_BYTES = 16 * 2**20
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,12 +59,8 @@ def read_links(path: Path) -> list[Link]:
 def _read_table(path: Path) -> list[tuple[int, list[str]]]:
     """Line number and stripped cells of every row that is not blank."""
     try:
-        size = path.stat().st_size
-        if size > MAX_TABLE_BYTES:
-            raise LayoutError(
-                f"{path}: too large for a table: {size} bytes, limit {MAX_TABLE_BYTES}"
-            )
-        reader = csv.reader(io.StringIO(path.read_text(encoding="utf-8-sig"), newline=""))
+        raw = read_regular(path, limits().table_bytes)
+        reader = csv.reader(io.StringIO(raw.decode("utf-8-sig"), newline=""))
         rows = [(reader.line_num, [cell.strip() for cell in row]) for row in reader]
     except UnicodeDecodeError as error:
         raise LayoutError(f"{path}: not text in UTF-8 (byte {error.start})") from None

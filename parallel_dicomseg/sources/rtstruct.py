@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.geometry import heights_above, planes_of, to_pixels
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import (
     Annotation,
     AnnotationRefs,
@@ -199,6 +200,9 @@ def _rings(structure_set: StructureSet) -> tuple[_Rings, _Fates]:
     for k in np.flatnonzero(claimed > counts).tolist():
         text = f"ContourData has {counts[k]} point(s), NumberOfContourPoints is {claimed[k]}"
         errors.setdefault(k, text)
+    most = limits().contour_points
+    for k in np.flatnonzero(counts > most).tolist():
+        errors.setdefault(k, f"ContourData has {counts[k]} points, limit {most}")
     fates |= {kept[k]: (Reason.BAD_CONTOUR, text) for k, text in errors.items()}
     rois = np.array([outlines[k].roi for k in kept], np.int64)
     good = np.array([k not in errors for k in range(len(kept))], np.bool_)
@@ -305,8 +309,15 @@ def _lay_group(
                 f"(found by {match.found_by}); it does not refer to one of them"
             )
         row, candidates = _rows(rest, match, structure_set, index)
+        for k in np.flatnonzero(_crowded(rest.roi, row)).tolist():
+            text = f"more than {limits().contours_per_slice} contours on its slice"
+            fates[int(rest.index[k])] = (Reason.BAD_CONTOUR, text)
+            unsettled[int(rest.roi[k])].add(int(row[k]))
+            row[k] = _SEVERAL
         laid.append(_Laid(match, rois, rest.index[row >= 0], row[row >= 0]))
         for k in np.flatnonzero(row == _SEVERAL).tolist():
+            if int(rest.index[k]) in fates:
+                continue
             text = "they share a place, and it refers to none of them"
             fates[int(rest.index[k])] = (Reason.AMBIGUOUS_IMAGE, text)
             unsettled[int(rest.roi[k])].update(candidates[:, k].tolist())
@@ -337,6 +348,15 @@ def _match(
         series_instance_uids=structure_set.series.get(frame_of_reference_uid, every),
         sop_instance_uids=there or structure_set.images,
     )
+
+
+def _crowded(roi: Int64, row: Int64) -> NDArray[np.bool_]:
+    """(r,) whether too many rings of a ROI lie on one slice."""
+    _, place, count = np.unique(
+        np.stack([roi, row]), axis=1, return_inverse=True, return_counts=True
+    )
+    crowded: NDArray[np.bool_] = (count > limits().contours_per_slice)[place.ravel()] & (row >= 0)
+    return crowded
 
 
 # Instead of a row: on no slice; on slices of several volumes.

@@ -19,20 +19,18 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from parallel_dicomseg.dicom.decoders import quiet
+from parallel_dicomseg.dicom.opened import FrameError, check_census
+from parallel_dicomseg.dicom.slow_headers import find_data_set
+from parallel_dicomseg.files import open_regular, read_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import AnnotationRefs, Float64, Int64, Reason
 from parallel_dicomseg.text import MAX_COORDINATE, parse_decimal_lists, parse_decimals
 
 if TYPE_CHECKING:
     from pydicom import Dataset
 
-_DEFLATED = "1.2.840.10008.1.2.1.99"
-
-#: Larger files, and data sets that inflate to more, are refused: clinical ones have a few MiB.
-MAX_FILE_BYTES = 512 * 2**20
-#: More items are refused: pydicom takes some 50 microseconds for each, a clinical file has 10,000.
-MAX_ITEMS = 2**18
-
-_ITEM, _OF_EVERY_ITEM = (b"\xfe\xff\x00\xe0", b"\xff\xfe\xe0\x00"), 0xE0
+# Where nobody counts the elements: as many bytes for each. A contour's points make it far more.
+_BYTES_PER_ELEMENT = 16
 _CONTOUR_DATA_LITTLE, _CONTOUR_DATA_BIG = b"\x06\x30\x50\x00", b"\x30\x06\x00\x50"
 # ReferencedSOPInstanceUID, little endian: explicit VR or a length below 65536, then the UID.
 _SOP_INSTANCE = re.compile(rb"\x08\x00\x55\x11(?:UI..|..\0\0)([0-9.]+)", re.DOTALL)
@@ -107,40 +105,24 @@ class RefusedError(Exception):
 
 def read_structure_set(file: Path) -> StructureSet:
     """All contours of a file, their points as the bytes that they are."""
-    raw = _content(file)
+    raw = read_regular(file, limits().structure_set_bytes)
+    if not raw:
+        raise RefusedError("the file is empty")
     with quiet():
-        inflated = _inflated(file, raw)
+        inflated = _inflated(raw)
         dataset = _dataset(raw if inflated is None else inflated, inflated is not None)
         return _structure_set(dataset, inflated is not None)
 
 
-def _content(file: Path) -> bytes:
-    size = file.stat().st_size
-    if size > MAX_FILE_BYTES:
-        raise RefusedError(f"{size} bytes, limit {MAX_FILE_BYTES}")
-    raw = file.read_bytes()
-    if not raw:
-        raise RefusedError("the file is empty")
-    return raw
-
-
-def _inflated(file: Path, raw: bytes) -> bytes | None:
+def _inflated(raw: bytes) -> bytes | None:
     """The data set of a file in the deflated transfer syntax; None in any other."""
-    from pydicom.errors import InvalidDicomError
-    from pydicom.filereader import read_file_meta_info
-
-    try:
-        meta = read_file_meta_info(str(file))
-    except InvalidDicomError:  # no preamble, so no transfer syntax either
+    start, encoding = find_data_set(BytesIO(raw), len(raw))
+    if start < 0 or not encoding.is_deflated:
         return None
-    if meta.get("TransferSyntaxUID") != _DEFLATED:
-        return None
-    # 128 bytes, "DICM", and the 12 bytes of the group's length, which counts what follows them
-    start = 144 + int(meta.FileMetaInformationGroupLength)
-    inflater = zlib.decompressobj(-zlib.MAX_WBITS)
-    content = inflater.decompress(raw[start:], MAX_FILE_BYTES + 1)
-    if len(content) > MAX_FILE_BYTES:
-        raise RefusedError(f"inflates to more than {MAX_FILE_BYTES} bytes")
+    most = limits().structure_set_bytes
+    content = zlib.decompressobj(-zlib.MAX_WBITS).decompress(raw[start:], most + 1)
+    if len(content) > most:
+        raise RefusedError(f"inflates to more than {most} bytes")
     return content
 
 
@@ -148,14 +130,22 @@ def _dataset(content: bytes, inflated: bool) -> Dataset:
     from pydicom import dcmread
     from pydicom.filereader import read_dataset
 
-    # every item has one of these bytes, text has none, and NumPy counts them many times faster
-    if np.count_nonzero(np.frombuffer(content, np.uint8) == _OF_EVERY_ITEM) > MAX_ITEMS:
-        items = max(content.count(item) for item in _ITEM)
-        if items > MAX_ITEMS:
-            raise RefusedError(f"{items} sequence items, limit {MAX_ITEMS}")
+    _check_elements(content, inflated)
     if inflated:
         return read_dataset(BytesIO(content), is_implicit_VR=False, is_little_endian=True)
     return dcmread(BytesIO(content), force=True)
+
+
+def _check_elements(content: bytes, inflated: bool) -> None:
+    """Refuse what takes pydicom long: 10 to 50 microseconds for each element and item."""
+    start, encoding = find_data_set(BytesIO(content), len(content)) if not inflated else (0, None)
+    try:
+        if encoding is None or encoding.little:
+            check_census(content, encoding is None or not encoding.implicit, max(start, 0))
+        elif len(content) > _BYTES_PER_ELEMENT * limits().header_elements:
+            raise RefusedError(f"{len(content)} bytes in big-endian order")
+    except FrameError as error:
+        raise RefusedError(error.detail) from None
 
 
 def _structure_set(dataset: Dataset, deflated: bool) -> StructureSet:
@@ -387,7 +377,7 @@ def _read_spans(file: Path, offsets: Sequence[int], lengths: Sequence[int]) -> l
     reached = np.maximum.accumulate(ends[order])
     new = np.append(True, begins[order][1:] > reached[:-1] + _READ_GAP)
     spans = [b""] * len(offsets)
-    with file.open("rb") as stream:
+    with open_regular(file, limits().structure_set_bytes) as stream:
         for run in np.split(order, np.flatnonzero(new)[1:]):
             start = int(begins[run[0]])
             stream.seek(start)
@@ -399,7 +389,7 @@ def _read_spans(file: Path, offsets: Sequence[int], lengths: Sequence[int]) -> l
 
 def _read_deflated(file: Path, offsets: Sequence[int], lengths: Sequence[int]) -> list[bytes]:
     """As `_read_spans`, from the inflated data set."""
-    content = _inflated(file, _content(file)) or b""
+    content = _inflated(read_regular(file, limits().structure_set_bytes)) or b""
     begins = [max(-1 - offset - _HEAD, 0) for offset in offsets]
     return [
         content[begin : -1 - offset + length]

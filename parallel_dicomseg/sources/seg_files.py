@@ -14,7 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.dicom.decoders import EXPLICIT_BIG_ENDIAN, quiet
-from parallel_dicomseg.dicom.pixels import FrameError, OpenImage, open_image, stored_frame
+from parallel_dicomseg.dicom.opened import FrameError, OpenImage, open_image
+from parallel_dicomseg.dicom.pixels import stored_frame
+from parallel_dicomseg.errors import ResumableError
+from parallel_dicomseg.files import open_regular
+from parallel_dicomseg.limits import limits
 from parallel_dicomseg.records import Float64, Int64, Reason
 from parallel_dicomseg.sources.parsed import Flaw, ParsedFiles, unreadable
 
@@ -22,7 +26,13 @@ Values = NDArray[np.unsignedinteger[Any]]
 
 # Bits Allocated by Segmentation Type (PS3.3 C.8.20.2; BINARY in bytes is met as well).
 _BITS = {"BINARY": (1, 8), "FRACTIONAL": (8,), "LABELMAP": (8, 16)}
-_MAX_PIXELS = 2**28
+# What is read of the header besides what pixels need.
+_TAGS = frozenset(
+    (
+        *(0x00080005, 0x00081115, 0x00100020, 0x00200032, 0x00200037, 0x00200052, 0x00280030),
+        *(0x00620001, 0x00620002, 0x0062000B, 0x0062000E, 0x52009229, 0x52009230),
+    )
+)
 # Headers that are kept.
 _HEADERS = 16
 
@@ -64,7 +74,7 @@ class Header:
 
 def _parse(file: Path, size: int) -> Header | Flaw:  # noqa: ARG001  what parsing may need
     try:
-        with quiet(), open_image(file) as image:
+        with quiet(), open_image(file, _TAGS) as image:
             return _missing(image) or _header(image)
     except OSError:
         raise
@@ -94,7 +104,7 @@ def open_frames(root: str, path: str, header: Header) -> Iterator[OpenImage]:
     held = header.image.stream
     # a stream of its own for every thread
     inflated = io.BytesIO(held.getvalue()) if isinstance(held, io.BytesIO) else None
-    with inflated or Path(root, path).open("rb") as stream:
+    with inflated or open_regular(Path(root, path), limits().file_bytes) as stream:
         yield replace(header.image, stream=stream)
 
 
@@ -117,6 +127,8 @@ def read_frame(header: Header, image: OpenImage, frame: int) -> tuple[Values | N
         return None, (error.reason, f"frame {frame + 1}: {error.detail}")
     except OSError as error:
         return None, unreadable(error)
+    except ResumableError:  # is about this machine
+        raise
     except Exception as error:  # noqa: BLE001 decoders raise anything on what they cannot decode
         kind = f"{image.decoder.name}, {image.options['bits_allocated']} bit"
         detail = f"frame {frame + 1} cannot be decoded ({kind}: {type(error).__name__})"
@@ -168,9 +180,6 @@ def _missing(image: OpenImage) -> Flaw | None:
 def _unsupported(image: OpenImage) -> Flaw | None:
     """What the header says that no segmentation should."""
     dataset, kind = image.dataset, image.dataset.SegmentationType
-    if dataset.Rows * dataset.Columns > _MAX_PIXELS:
-        detail = f"frames of {dataset.Rows} x {dataset.Columns} pixels, the largest allowed have"
-        return Reason.UNSUPPORTED_PIXELS, f"{detail} {_MAX_PIXELS}"
     if kind not in _BITS:
         detail = f"(0062,0001) Segmentation Type is none of {', '.join(_BITS)}"
         return Reason.UNSUPPORTED_PIXELS, detail
