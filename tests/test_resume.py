@@ -78,7 +78,7 @@ def test_a_resumed_run_decodes_only_what_is_left(original, tmp_path, monkeypatch
     assert error.__notes__ == [
         f"9 of 18 slices are kept in {output}.partial; --resume goes on with them"
     ]
-    assert encoded == [9, 13, 17]
+    assert sorted(encoded) == [9, 13, 17]
     assert summary.resumed == 9
     assert output.read_bytes() == original[1]
     assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]
