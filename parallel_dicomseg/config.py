@@ -76,6 +76,14 @@ _HELP = {
     "convert.max_rejected": "More rejected than this give exit status 1.",
     "convert.zarr": "Also write a zarr v3 mirror into this folder.",
     "convert.overwrite": "Replace an existing output.",
+    "convert.task_timeout": "Seconds until a task in a worker process is tried elsewhere; 0:"
+    " never.",
+    "convert.window_limit": "Results that may be under way or wait to be written, e.g. 2GiB; 0:"
+    " 2 GiB.",
+    "convert.tls_ca_file": "Certificate of the cluster's authority (PEM).",
+    "convert.tls_cert": "Certificate shown to the cluster (PEM).",
+    "convert.tls_key": "Private key of --tls-cert (PEM).",
+    "convert.allow_insecure_cluster": "Use a cluster beyond this machine without encryption.",
     "convert.checks.max_mask_fraction": "Flag a mask that covers more of the image than this.",
     "convert.checks.max_ellipse_residual": "Flag a ring further than this from its ellipse"
     " (RMS, in mean radii).",
@@ -104,7 +112,7 @@ _MAXIMA = {
 }
 
 #: Numbers of bytes, which may be written with a unit.
-_SIZES = frozenset({"convert.memory_limit"})
+_SIZES = frozenset({"convert.memory_limit", "convert.window_limit"})
 
 
 #: What these take is not said by their type.
@@ -112,6 +120,7 @@ _EXPECTED = {
     "convert.scheduler": f"one of {', '.join(SCHEDULERS)}, an address such as tcp://host:8786,"
     " or a scheduler file",
     "convert.memory_limit": "a number of bytes, or a text such as '2GiB' or '500 MB'",
+    "convert.window_limit": "a number of bytes, or a text such as '2GiB' or '500 MB'",
     "scan.structures": "a list of different names",
     "scan.split": "two or three fractions that make 1",
     "convert.spacing": "one or two numbers above 0",

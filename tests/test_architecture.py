@@ -35,6 +35,8 @@ LEVELS = (
     {"grid"},
     {"plan"},
     {"drawing", "store", "schedulers"},
+    {"blame"},
+    {"running"},
     {"convert"},
     {"loader"},
     {"report", "export"},

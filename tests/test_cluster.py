@@ -22,11 +22,11 @@ from typing import Any
 
 import pytest
 
-from parallel_dicomseg import schedulers
 from parallel_dicomseg.cohort import scan_cohort
 from parallel_dicomseg.convert import convert_cohort, warm_up
 from parallel_dicomseg.errors import ConfigurationError, ConversionError
 from parallel_dicomseg.records import Cohort, ConvertOptions, Progress
+from parallel_dicomseg.schedulers import cluster as cluster_room
 from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 
 dask = pytest.importorskip("dask")
@@ -47,8 +47,9 @@ WITHOUT_PACKAGE = (
 # The command line, where a second is long enough for an answer.
 IMPATIENT_CONVERT = """
 import sys
-from parallel_dicomseg import cli, schedulers
-schedulers._WORKERS_TIMEOUT_S = 1
+from parallel_dicomseg import cli
+from parallel_dicomseg.schedulers import cluster
+cluster.WORKERS_TIMEOUT_S = 1
 cli.main(["convert", sys.argv[1], "-o", "stranger.h5", "--scheduler", sys.argv[2]])
 """
 
@@ -264,7 +265,7 @@ def test_loss_of_all_workers_ends_the_run(
     processes: Processes, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where every worker is gone for good, the run says so instead of waiting for ever."""
-    monkeypatch.setattr(schedulers, "_WORKERS_TIMEOUT_S", 1)
+    monkeypatch.setattr(cluster_room, "WORKERS_TIMEOUT_S", 1)
     address = processes.scheduler()
     worker = processes.worker(address, "--no-nanny")
     wait_for_workers(address, 1)
@@ -279,7 +280,7 @@ def test_loss_of_the_scheduler_ends_the_run(
     processes: Processes, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the scheduler is gone, the run says so."""
-    monkeypatch.setattr(schedulers, "_WORKERS_TIMEOUT_S", 2)
+    monkeypatch.setattr(cluster_room, "WORKERS_TIMEOUT_S", 2)
     address = processes.scheduler()
     scheduler, _ = processes._started[0]
     processes.worker(address, "--no-nanny")
@@ -293,7 +294,7 @@ def test_cluster_without_workers_is_refused(
     processes: Processes, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler that no worker joins ends the run after the time that is allowed for it."""
-    monkeypatch.setattr(schedulers, "_WORKERS_TIMEOUT_S", 1)
+    monkeypatch.setattr(cluster_room, "WORKERS_TIMEOUT_S", 1)
     address = processes.scheduler()
     start = time.monotonic()
 
@@ -349,7 +350,7 @@ def test_address_where_nobody_answers_is_refused(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A port on which nothing listens is a mistake of the user, told in one sentence."""
-    monkeypatch.setattr(schedulers, "_SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr(cluster_room, "SCHEDULER_TIMEOUT_S", 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
