@@ -134,13 +134,20 @@ class _Run:
             self._look_at_clocks()
         with suppress(Empty):
             number, answer = self._crew.answers.get(timeout=_TICK_SECONDS)
-            self._last_sign = time.monotonic()
             if place := self._alone.pop(number, None):
                 self._take_rest(place, cast(EncodedChunk, answer()))
-            elif place := self._attempts.pop(number, None):
-                place.live.discard(number)
-                self._take(place, answer())
+            elif place := self._attempts.get(number):
+                self._take_attempt(place, number, answer())
             # else another attempt was first, or this one was given up
+
+    def _take_attempt(self, place: _Place, number: int, outcome: Outcome | None) -> None:
+        if outcome is None:  # it was lost after it had been announced, as others may be
+            self._look_at_clocks()
+            return
+        del self._attempts[number]
+        place.live.discard(number)
+        self._last_sign = time.monotonic()
+        self._take(place, outcome)
 
     def _take(self, place: _Place, outcome: Outcome) -> None:
         if isinstance(outcome, Failure):

@@ -50,7 +50,7 @@ import sys
 from parallel_dicomseg import cli
 from parallel_dicomseg.schedulers import cluster
 cluster.WORKERS_TIMEOUT_S = 1
-cli.main(["convert", sys.argv[1], "-o", "stranger.h5", "--scheduler", sys.argv[2]])
+cli.main(["convert", sys.argv[1], "-o", "stranger.h5", "--scheduler", *sys.argv[2:]])
 """
 
 
@@ -393,12 +393,90 @@ def test_certificate_keeps_strangers_out(
     written = yaml.safe_load(Path(config).read_text())
     with dask.config.set(dask.config.merge(dask.config.config, written)):
         assert converted(cohort, tmp_path, address) == expected
-    for stranger in (address, address.replace("tls://", "tcp://")):
+    other = tmp_path / "other"
+    subprocess.run([CLUSTER / "certificate.sh", other], check=True, capture_output=True)
+    files = {"--tls-ca-file": "ca.pem", "--tls-cert": "client.pem", "--tls-key": "client.key"}
+    theirs = [word for flag, name in files.items() for word in (flag, str(other / name))]
+    for stranger, shown in ((address, theirs), (address.replace("tls://", "tcp://"), [])):
         # in a process of its own, for a Dask client that is turned away leaves a thread behind
-        command = [sys.executable, "-c", IMPATIENT_CONVERT, cohort.root, stranger]
+        command = [sys.executable, "-c", IMPATIENT_CONVERT, cohort.root, stranger, *shown]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert f"error: no Dask scheduler answers at {stranger}" in done.stderr
+
+
+def test_certificates_can_be_given_as_options(
+    processes: Processes, cohort: Cohort, expected: bytes, tmp_path: Path
+) -> None:
+    """--tls-ca-file, --tls-cert and --tls-key do what Dask's configuration does."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here")
+    tls = tmp_path / "tls"
+    subprocess.run([CLUSTER / "certificate.sh", tls], check=True, capture_output=True)
+    address = processes.scheduler("--protocol", "tls", DASK_CONFIG=str(tls / "dask.yaml"))
+    processes.worker(address, "--no-nanny", DASK_CONFIG=str(tls / "dask.yaml"))
+    options = ConvertOptions(
+        scheduler=address,
+        workers=2,
+        tls_ca_file=str(tls / "ca.pem"),
+        tls_cert=str(tls / "client.pem"),
+        tls_key=str(tls / "client.key"),
+    )
+
+    convert_cohort(cohort, tmp_path / "out.h5", options=options)
+
+    assert (tmp_path / "out.h5").read_bytes() == expected
+    assert {path.stat().st_mode & 0o077 for path in tls.iterdir()} == {0}
+    assert not (tls / "ca.key").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "beyond this machine and not encrypted.*--allow-insecure-cluster"),
+        ({"scheduler": "host.invalid:8786"}, "host.invalid:8786 is beyond this machine"),
+        ({"scheduler": "tls://192.0.2.1:8786"}, "wants a certificate: give --tls-ca-file"),
+        ({"tls_cert": __file__}, "--tls-ca-file, --tls-key is missing"),
+        ({"tls_ca_file": "a", "tls_cert": "b", "tls_key": "c"}, "tls_ca_file is 'a'; there is no"),
+        (dict.fromkeys(("tls_ca_file", "tls_cert", "tls_key"), __file__), "not encrypted; use tls"),
+        (
+            {
+                "scheduler": "tls://192.0.2.1:8786",
+                **dict.fromkeys(("tls_ca_file", "tls_cert", "tls_key"), __file__),
+            },
+            "the certificates cannot be used",
+        ),
+    ],
+)
+def test_open_network_is_refused(
+    cohort: Cohort, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    """A cluster that others can reach needs certificates, before anybody is talked to."""
+    options = ConvertOptions(**{"scheduler": "tcp://192.0.2.1:8786"} | changes)
+
+    with pytest.raises(ConfigurationError, match=message):
+        convert_cohort(cohort, tmp_path / "out.h5", options=options)
+
+
+def test_worker_on_an_open_network_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+    """A scheduler on loopback does not hide a worker that others can reach, unless allowed."""
+    host = socket.gethostbyname(socket.gethostname())
+    if host.startswith("127."):
+        pytest.skip("this machine has no address beyond loopback")
+    with (
+        distributed.LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None) as cluster,
+        processes_in(tmp_path) as started,
+    ):
+        address = cluster.scheduler_address
+        started.worker(address, "--no-nanny", "--host", host)
+        wait_for_workers(address, 1)
+
+        with pytest.raises(ConfigurationError, match="is beyond this machine"):
+            converted(cohort, tmp_path, address)
+        options = ConvertOptions(scheduler=address, allow_insecure_cluster=True)
+        summary = convert_cohort(cohort, tmp_path / "out.h5", options=options)
+
+    assert summary.slices == len(cohort.slices)
 
 
 # Stands in for ssh and the machine at its other end: runs the command here, in a shell, as sshd

@@ -28,10 +28,12 @@ WORKERS_TIMEOUT_S = 60
 SCHEDULER_TIMEOUT_S = 10
 # How long a scheduler may take to say who is there, and a result to be fetched.
 _REPLY_SECONDS = 10
-_FETCH_SECONDS = 60
+_FETCH_SECONDS = 2.0
+_MAX_FETCH_SECONDS = 60.0
 _RESTART_SECONDS = 30
 # How often workers are asked before the first task, where some die.
 _QUESTIONS = 5
+_QUESTION_SECONDS = 60
 _ADDRESS = re.compile(r"(?:(?:tcp|tls|ws|wss|ucx)://)?(?:[^/:\s\[\]]+|\[[0-9a-fA-F:]+\]):\d+")
 _PACKAGE = "parallel_dicomseg"
 # Packages of which another version might make other bytes.
@@ -100,7 +102,7 @@ class ClusterCrew:
         node = delayed(attempt, f"{self._key_prefix(number)}{task.first}")
         future = self._client.compute(node, **self._elsewhere(beside))
         self._futures[number] = future
-        future.add_done_callback(lambda _: self.answers.put((number, partial(self._fetch, number))))
+        self._listen(number)
 
     def stop(self, number: int) -> None:
         """Cancel an attempt; a worker that is busy with it is started again, or left alone."""
@@ -171,23 +173,40 @@ class ClusterCrew:
         with suppress(Exception):  # the next check finds out whether anybody is left
             self._client.restart_workers([worker], timeout=_RESTART_SECONDS, raise_for_error=False)
 
-    def _fetch(self, number: int) -> Outcome:
-        """The outcome of a future that is done.
+    def _listen(self, number: int, patience: float = _FETCH_SECONDS) -> None:
+        """Have the answer announced when the future is done."""
+        self._futures[number].add_done_callback(
+            lambda _: self.answers.put((number, partial(self._fetch, number, patience)))
+        )
+
+    def _fetch(self, number: int, patience: float) -> Outcome | None:
+        """The outcome of a future that is done; None: not any more, its worker was lost since."""
+        try:
+            return self._received(number, patience)
+        except TimeoutError:
+            if number in self._futures:
+                self._listen(number, min(2 * patience, _MAX_FETCH_SECONDS))
+            return None
+
+    def _received(self, number: int, patience: float) -> Outcome:
+        """The outcome, fetched from its worker.
 
         Raises
         ------
         ResumableError
             The scheduler or all workers were lost.
+        TimeoutError
+            It does not come.
         """
         from distributed import scheduler
 
         # of the newer versions only
         no_worker = getattr(scheduler, "NoWorkerError", ())
-        future = self._futures.pop(number, None)
-        if future is None:
-            return Failure("was cancelled", to_blame=False)
+        future = self._futures[number]
         try:
-            outcome: Outcome = future.result(timeout=_FETCH_SECONDS)
+            outcome: Outcome = future.result(timeout=patience)
+        except TimeoutError:
+            raise
         except scheduler.KilledWorker:
             return Failure("its workers died", to_blame=True, often=True)
         except no_worker:
@@ -199,7 +218,8 @@ class ClusterCrew:
         else:
             return outcome
         finally:
-            future.release()
+            if future.done():
+                self._futures.pop(number).release()
 
 
 @contextmanager
@@ -323,7 +343,7 @@ def _on_workers(client: Any, function: Any, *arguments: Any) -> dict[str, Any]:
     for _ in range(_QUESTIONS):
         try:
             answers = client.sync(
-                client._run, function, *arguments, callback_timeout=WORKERS_TIMEOUT_S
+                client._run, function, *arguments, callback_timeout=_QUESTION_SECONDS
             )
         except TimeoutError:
             break

@@ -46,8 +46,9 @@ class Failure:
 
 
 Outcome = EncodedChunk | Failure
-Answer = tuple[int, Callable[[], Outcome]]
-"""An attempt's number, and what gives its outcome or raises what ends the run."""
+Answer = tuple[int, Callable[[], Outcome | None]]
+"""An attempt's number, and what gives its outcome or raises what ends the run; None: the outcome
+was lost after it had been announced, and is being made again."""
 
 
 class Attempt:
