@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import os
 import re
 import socket
@@ -236,6 +237,7 @@ def _own_client(distributed: Any, job: Job, workers: int) -> Iterator[Any]:
             threads_per_worker=1,
             host="127.0.0.1",
             dashboard_address=None,
+            silence_logs=logging.CRITICAL,  # what is lost is done again, or told by us
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
     ):

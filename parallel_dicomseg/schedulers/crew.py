@@ -85,7 +85,8 @@ class Attempt:
 
 def _place(trace: TracebackType | None) -> str:
     """Where in this package an error arose: ' in decoders.py, line 12'; '' elsewhere."""
-    frames = [f for f in traceback.extract_tb(trace) if _PACKAGE in PurePath(f.filename).parts]
+    called = traceback.extract_tb(trace)[1:]  # the first is the attempt itself
+    frames = [f for f in called if _PACKAGE in PurePath(f.filename).parts]
     return f" in {PurePath(frames[-1].filename).name}, line {frames[-1].lineno}" if frames else ""
 
 
