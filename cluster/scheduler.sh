@@ -10,6 +10,6 @@ set -euo pipefail
 # Without workers for this long, Dask ends the waiting tasks with an error; its own default is never.
 export DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT="${DASK_DISTRIBUTED__SCHEDULER__NO_WORKERS_TIMEOUT:-60s}"
 
-# --no-dashboard would still listen on every interface.
+# Without a dashboard it would still listen, and on every interface.
 exec "${PYTHON:-python}" -m dask scheduler \
-    --host 127.0.0.1 --port 8786 --dashboard-address 127.0.0.1:0 "$@"
+    --host 127.0.0.1 --port 8786 --no-dashboard --dashboard-address 127.0.0.1:0 "$@"

@@ -14,5 +14,5 @@ set -euo pipefail
 
 # It ends when it has not seen a scheduler for a minute.
 exec "${PYTHON:-python}" -m dask worker \
-    --host 127.0.0.1 --nworkers 1 --dashboard-address 127.0.0.1:0 --death-timeout 60 \
+    --host 127.0.0.1 --nworkers 1 --no-dashboard --dashboard-address 127.0.0.1:0 --death-timeout 60 \
     --local-directory "${TMPDIR:-/tmp}" "$@"

@@ -1,4 +1,4 @@
-"""Conversions whose workers are killed, hang, crash and run out of memory; prints what became of them.
+"""Conversions whose workers are killed, hang, crash or run out of memory, and what became of them.
 
     python tests/survive_workers.py --kills 100           kill -9 in a run of 5,000 chunks
     python tests/survive_workers.py --scenario all        everything
@@ -303,10 +303,10 @@ def _descendants(pid: int) -> list[psutil.Process]:
 
 #: The command line, where images may be trouble; arguments follow.
 CONVERT = (
-    "import sys; sys.path.insert(0, {!r}); import survive_workers; "
+    f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import survive_workers; "
     "from parallel_dicomseg import convert, cli; convert.encode_chunk = survive_workers.troubled; "
     "cli.main()"
-).format(str(Path(__file__).parent))
+)
 
 
 def run_deserted(folder: Path, victim: str, chunks: int = 400) -> Outcome:
@@ -371,12 +371,14 @@ def _wait(happened: Callable[[], bool], seconds: float = 60) -> None:
 SCENARIOS = ("kill", "workers", "scheduler", "client", "oom", "asleep", "poison")
 
 
-def run_scenario(name: str, folder: Path, chunks: int, kills: int, seed: int) -> list[Outcome]:
+def run_scenario(
+    name: str, folder: Path, schedulers: Sequence[str], chunks: int, kills: int, seed: int
+) -> list[Outcome]:
     """All runs of a scenario."""
     outcomes = []
     if name in ("workers", "scheduler"):
         return [run_deserted(_fresh(folder), name)]
-    for scheduler in ("processes", "distributed"):
+    for scheduler in schedulers:
         where = _fresh(folder)
         if name == "kill":
             outcome = run_killed(where, chunks, kills, scheduler, seed)
@@ -392,8 +394,13 @@ def run_scenario(name: str, folder: Path, chunks: int, kills: int, seed: int) ->
             }[name]
             outcome = run_troubled(where, scheduler, trouble, task_timeout=timeout)
         outcomes.append(outcome)
-        print(json.dumps({"scheduler": scheduler, **asdict(outcome)}), flush=True)
+        show(scheduler, outcome)
     return outcomes
+
+
+def show(scheduler: str, outcome: Outcome) -> None:
+    """One line of JSON."""
+    print(json.dumps({"scheduler": scheduler, **asdict(outcome)}), flush=True)  # noqa: T201
 
 
 def _fresh(folder: Path) -> Path:
@@ -407,13 +414,17 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=5000)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--scheduler", choices=("processes", "distributed", "both"), default="both")
     given = parser.parse_args()
+    schedulers = ("processes", "distributed") if given.scheduler == "both" else (given.scheduler,)
     names = SCENARIOS if given.scenario == "all" else (given.scenario,)
     with tempfile.TemporaryDirectory() as folder:
         for name in names:
-            outcomes = run_scenario(name, Path(folder), given.chunks, given.kills, given.seed)
+            outcomes = run_scenario(
+                name, Path(folder), schedulers, given.chunks, given.kills, given.seed
+            )
             if name in ("workers", "scheduler"):
-                print(json.dumps(asdict(outcomes[0])), flush=True)
+                show("cluster", outcomes[0])
 
 
 if __name__ == "__main__":

@@ -43,7 +43,11 @@ _SAME_VERSIONS = (_PACKAGE, "isal", "numcodecs")
 # Of a cluster of our own: a nanny that Dask takes for lost (after 15 s) would never come back.
 _OWN_CLUSTER = {
     "distributed.deploy.lost-worker-timeout": "1h",
-    "distributed.scheduler.allowed-failures": 3,
+    # a task that lost two workers is tried alone, which tells more than a third worker would
+    "distributed.scheduler.allowed-failures": 1,
+    # pages about tasks, logs and stacks, which any user of this machine could read
+    "distributed.scheduler.http.routes": ["distributed.http.health"],
+    "distributed.worker.http.routes": ["distributed.http.health"],
 }
 
 
@@ -237,6 +241,7 @@ def _own_client(distributed: Any, job: Job, workers: int) -> Iterator[Any]:
             threads_per_worker=1,
             host="127.0.0.1",
             dashboard_address=None,
+            scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # where /health is
             silence_logs=logging.CRITICAL,  # what is lost is done again, or told by us
         ) as cluster,
         distributed.Client(cluster, set_as_default=False) as client,
