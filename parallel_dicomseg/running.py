@@ -34,6 +34,8 @@ _LOSSES = 5
 # Of the deadline: how long a second attempt may take, and how long one slice alone. With the first
 # attempt's this makes two.
 _AGAIN, _ALONE = 0.5, 0.5
+# However short the deadline: a machine that is busy needs this long for a slice now and then.
+_LEAST_ALONE_S = 5.0
 _TICK_SECONDS = 0.5
 _CHECK_SECONDS = 5.0
 # Tasks of which nothing was left, when nothing at all has succeeded: it is not the input then.
@@ -210,7 +212,9 @@ class _Run:
             place.task,
             self._job,
             self._sacrifice,
-            _ALONE * self._limits.task_timeout,
+            max(_ALONE * self._limits.task_timeout, _LEAST_ALONE_S)
+            if self._limits.task_timeout
+            else 0.0,
         )
         done.add_done_callback(partial(self._left, number))
 
