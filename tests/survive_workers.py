@@ -93,6 +93,7 @@ def troubled(task: ChunkTask) -> EncodedChunk:
         marker = Path(task.root, f"{path}.trouble")
         if marker.exists():
             kind = marker.read_text(encoding="ascii")
+            marker.with_suffix(".begun").touch()
             sleep_once(marker) if kind == "sleep once" else TROUBLES[kind]()
     return encode_chunk(task)
 
@@ -267,6 +268,7 @@ def same_chunks(one: Path, other: Path) -> bool:
 def started(folder: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """A function that starts processes, which end with the block."""
     processes: list[subprocess.Popen[bytes]] = []
+    path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
 
     def start(*command: str | Path) -> subprocess.Popen[bytes]:
         words = [str(word) for word in command]
@@ -276,7 +278,7 @@ def started(folder: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
                 subprocess.Popen(
                     words,
                     cwd=folder,
-                    env={**os.environ, "PYTHON": sys.executable},
+                    env={**os.environ, "PYTHON": sys.executable, "PYTHONPATH": path},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=subprocess.STDOUT,
@@ -326,8 +328,7 @@ def run_deserted(folder: Path, victim: str, chunks: int = 400) -> Outcome:
         command = ("convert", cohort.root, "-o", "out.h5", "--scheduler", address)
         more = ("--slices-per-task", "1", "--task-timeout", "0", "--codec", "lz4")
         run = start(sys.executable, "-c", CONVERT, *command, *more)
-        _wait(lambda: bool(list(folder.glob("out.h5*"))) or run.poll() is not None)
-        time.sleep(2)
+        _wait(lambda: _begun(cohort) or run.poll() is not None)
         begun = time.monotonic()
         for process in workers if victim == "workers" else [scheduler]:
             process.kill()
@@ -345,8 +346,7 @@ def run_abandoned(folder: Path, scheduler: str, chunks: int = 40) -> tuple[int, 
         command = ("convert", cohort.root, "-o", "out.h5", "--scheduler", scheduler)
         more = ("--slices-per-task", "5", "--workers", "2")
         run = start(sys.executable, "-c", CONVERT, *command, *more)
-        _wait(lambda: len(workers_of(run.pid)) >= 2)
-        time.sleep(3)
+        _wait(lambda: _begun(cohort) or run.poll() is not None)
         workers = workers_of(run.pid)
         begun = time.monotonic()
         run.kill()
@@ -355,6 +355,11 @@ def run_abandoned(folder: Path, scheduler: str, chunks: int = 40) -> tuple[int, 
         for process in alive:
             process.kill()
     return len(alive), time.monotonic() - begun
+
+
+def _begun(cohort: Cohort) -> bool:
+    """Whether somebody has met trouble."""
+    return any(Path(cohort.root).rglob("*.begun"))
 
 
 def _wait(happened: Callable[[], bool], seconds: float = 60) -> None:

@@ -557,8 +557,11 @@ def test_compose_runs_scripts_and_options_that_exist() -> None:
     used = {word.partition("=")[0] for word in services["convert"]["entrypoint"] if "--" in word}
 
     assert scripts == [f"cluster/{name}.sh" for name in ("certificate", "scheduler", "worker")]
-    assert all(service["environment"]["DASK_CONFIG"] == "/tls/dask.yaml"
-               for name, service in services.items() if name != "certificates")
+    assert all(
+        service["environment"]["DASK_CONFIG"] == "/tls/dask.yaml"
+        for name, service in services.items()
+        if name != "certificates"
+    )
     assert "--scheduler=tls://scheduler:8786" in services["convert"]["entrypoint"]
     assert all((CLUSTER.parent / script).is_file() for script in scripts)
     assert used <= options

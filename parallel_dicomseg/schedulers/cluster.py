@@ -69,10 +69,22 @@ def cluster_crew(
         if options.scheduler == "distributed"
         else _client(distributed, options, others)
     )
-    with reached as client:
+    with _silent_client(), reached as client:
         _check_workers(client, job, options)
         with ClusterCrew(client, job) as crew:
             yield crew
+
+
+@contextmanager
+def _silent_client() -> Iterator[None]:
+    """Dask's client logs tracebacks of connections that end; here that is told in one sentence."""
+    logger = logging.getLogger("distributed.client")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
 
 
 class ClusterCrew:
