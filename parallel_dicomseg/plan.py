@@ -72,7 +72,7 @@ class Plan:
     """(n, 4) where each slice's stored pixels lie in its source image, see grid.py."""
     slices_per_task: int
     window: int
-    """Tasks that may be under way or waiting to be written at the same time."""
+    """Tasks that may be under way at the same time."""
     worker_bytes: int
     """What one worker may use for its slices and results."""
     problems: tuple[Problem, ...]

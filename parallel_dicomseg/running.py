@@ -97,6 +97,8 @@ class _Run:
         self._numbers = itertools.count()
         self._attempts: dict[int, _Place] = {}
         self._alone: dict[int, _Place] = {}
+        self._held = 0  # bytes, of all places
+        self._unanswered = 0
         self._succeeded = False
         self._hopeless = 0
         self._last_sign = time.monotonic()
@@ -114,21 +116,29 @@ class _Run:
         coming = next(tasks, None)
         while coming or self._places:
             while coming and self._has_room(coming):
-                place = _Place(coming, most_bytes(coming))
-                self._places.append(place)
-                self._attempt(place)
+                self._begin(coming)
                 coming = next(tasks, None)
             if (chunk := self._places[0].chunk) is not None:
-                self._places.popleft()
+                self._held -= self._places.popleft().room
                 yield chunk
             else:
                 self._listen()
 
     def _has_room(self, task: ChunkTask) -> bool:
-        """Whether one more may be under way; one always may."""
-        held = sum(place.room for place in self._places) + most_bytes(task)
-        fits = held <= self._limits.window_bytes and len(self._places) < self._crew.window
-        return fits or not self._places
+        """Whether one more may be under way; one always may.
+
+        Results that wait for an earlier one count with their bytes only: one task that sleeps does
+        not keep everybody waiting.
+        """
+        fits = self._held + most_bytes(task) <= self._limits.window_bytes
+        return (fits and self._unanswered < self._crew.window) or not self._places
+
+    def _begin(self, task: ChunkTask) -> None:
+        place = _Place(task, most_bytes(task))
+        self._places.append(place)
+        self._held += place.room
+        self._unanswered += 1
+        self._attempt(place)
 
     def _listen(self) -> None:
         """Take one answer; look at the clocks where none is there."""
@@ -173,7 +183,10 @@ class _Run:
     def _settle(self, place: _Place, chunk: EncodedChunk) -> None:
         """The chunk is there: other attempts at it are not needed."""
         place.chunk = chunk
+        self._unanswered -= 1
+        self._held -= place.room
         place.room = len(chunk.image_bytes) + len(chunk.mask_bytes)
+        self._held += place.room
         self._give_up(place)
 
     def _try_again(self, place: _Place, failure: Failure) -> None:

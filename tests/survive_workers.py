@@ -211,7 +211,7 @@ def run_troubled(
     with trouble_possible():
         summary = convert.convert_cohort(cohort, folder / "out.h5", options=options)
     seconds = time.monotonic() - start
-    name = "+".join(sorted(set(kinds.values())))
+    name = "+".join(sorted(set(kinds.values()))) or "no trouble"
     guilty = {row for row, kind in kinds.items() if kind != "sleep once"}
     return _outcome(name, folder, cohort, summary, 0, seconds, guilty)
 
@@ -397,6 +397,8 @@ def run_scenario(
                 "asleep": ({13: "sleep"}, 10.0),
                 "poison": ({3: "crash", 13: "eat", 14: "fail", 39: "crash"}, 60.0),
             }[name]
+            if name == "asleep":  # what it takes without, to see the delay
+                show(scheduler, run_troubled(_fresh(folder), scheduler, {}))
             outcome = run_troubled(where, scheduler, trouble, task_timeout=timeout)
         outcomes.append(outcome)
         show(scheduler, outcome)

@@ -129,14 +129,35 @@ def test_results_count_with_the_bytes_that_they_have(plan: Plan) -> None:
 
 
 def test_window_is_bounded_in_tasks(plan: Plan) -> None:
-    """No more tasks are under way than the crew asks for."""
+    """No more tasks are under way than the crew asks for: one follows when one is answered."""
     crew = Telephone(job_of(window=2))
 
     chunks = run_tasks(tasks(plan), crew._job, crew, Limits(FAR, 0))
     next(chunks)
     chunks.close()  # type: ignore[attr-defined]
 
-    assert len(crew.given) == 2
+    assert len(crew.given) == 2 + 1
+
+
+class LateFirst(Telephone):
+    """A crew that answers the first task when all others are answered."""
+
+    def start(self, number: int, task: ChunkTask, beside: int | None = None) -> None:
+        """Do the task, and keep the first answer back."""
+        super().start(number, task, beside)
+        if len(self.given) == 1:
+            self.kept = self.answers.get()
+        elif len(self.given) == 4:
+            self.answers.put(self.kept)
+
+
+def test_late_task_does_not_keep_the_others_waiting(plan: Plan) -> None:
+    """While the first of four is not there, the others are done, two at a time, and wait."""
+    crew = LateFirst(job_of(window=2))
+
+    chunks = list(run_tasks(tasks(plan), crew._job, crew, Limits(FAR, 0)))
+
+    assert [chunk.first for chunk in chunks] == [0, 4, 8, 12]
 
 
 # --- damage
