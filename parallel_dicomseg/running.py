@@ -32,8 +32,8 @@ DEFAULT_WINDOW_BYTES = 2 << 30
 _FAILURES = 2
 _LOSSES = 5
 # Of the deadline: how long a second attempt may take, and how long one slice alone. With the first
-# attempt's this makes two.
-_AGAIN, _ALONE = 0.5, 0.5
+# attempt's and the start of a process this makes two at most.
+_AGAIN, _ALONE = 0.4, 0.4
 # However short the deadline: a machine that is busy needs this long for a slice now and then.
 _LEAST_ALONE_S = 5.0
 _TICK_SECONDS = 0.5
