@@ -312,7 +312,7 @@ CONVERT = (
 
 
 def run_deserted(folder: Path, victim: str, chunks: int = 400) -> Outcome:
-    """Kill all workers, or the scheduler, of a cluster in the middle of `convert`.
+    """Kill all workers or the scheduler of a cluster, or freeze it, in the middle of `convert`.
 
     The middle lasts: one image makes whoever decodes it sleep.
     """
@@ -331,7 +331,7 @@ def run_deserted(folder: Path, victim: str, chunks: int = 400) -> Outcome:
         _wait(lambda: _begun(cohort) or run.poll() is not None)
         begun = time.monotonic()
         for process in workers if victim == "workers" else [scheduler]:
-            process.kill()
+            process.send_signal(signal.SIGSTOP if victim == "frozen" else signal.SIGKILL)
         status = run.wait(120)
         seconds = time.monotonic() - begun
     return Outcome(victim, chunks, 2, 0, (), 0, same_bytes=False,
@@ -373,7 +373,8 @@ def _wait(happened: Callable[[], bool], seconds: float = 60) -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-SCENARIOS = ("kill", "workers", "scheduler", "client", "oom", "asleep", "poison")
+DESERTED = ("workers", "scheduler", "frozen")
+SCENARIOS = ("kill", "workers", "scheduler", "frozen", "client", "oom", "asleep", "poison")
 
 
 def run_scenario(
@@ -381,7 +382,7 @@ def run_scenario(
 ) -> list[Outcome]:
     """All runs of a scenario."""
     outcomes = []
-    if name in ("workers", "scheduler"):
+    if name in DESERTED:
         return [run_deserted(_fresh(folder), name)]
     for scheduler in schedulers:
         where = _fresh(folder)
@@ -430,7 +431,7 @@ def main() -> None:
             outcomes = run_scenario(
                 name, Path(folder), schedulers, given.chunks, given.kills, given.seed
             )
-            if name in ("workers", "scheduler"):
+            if name in DESERTED:
                 show("cluster", outcomes[0])
 
 
