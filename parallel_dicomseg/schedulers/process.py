@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor, Future
 from multiprocessing.connection import Connection
@@ -23,8 +24,10 @@ from typing import Any
 
 from parallel_dicomseg.errors import ResumableError
 
-_START_SECONDS = 120
-_STARTS = 3
+_START_SECONDS = 80
+# Somebody who kills workers may also kill some that start.
+_STARTS = 10
+_PAUSE_SECONDS = 0.2
 _PROGRAM = "from parallel_dicomseg.schedulers.process import serve; serve({0}, {1})"
 # The kernel ends workers, which can be replaced, before the process that writes the file.
 _OOM_SCORE = "500"
@@ -113,7 +116,7 @@ class WorkerProcess(Executor):
         DeadProcessError
             It was shut down.
         ResumableError
-            It died again and again.
+            It died again and again, or took far too long.
         """
         for _ in range(_STARTS):
             try:
@@ -124,11 +127,14 @@ class WorkerProcess(Executor):
                 if self._closed:
                     raise DeadProcessError("was shut down") from None
                 reason = str(error)
+                if isinstance(error, TimeoutError):
+                    break
             except OSError as error:
                 self._bury()
                 reason = error.strerror or type(error).__name__
             else:
                 return
+            time.sleep(_PAUSE_SECONDS)
         raise ResumableError(f"no worker process can be started: {reason}")
 
     def _launch(self) -> None:
