@@ -176,10 +176,9 @@ class Killer:
         """Kill, if it is time."""
         due = self._wanted * event.done // event.total
         if event.stage == "convert" and self.kills < due:
-            workers = workers_of(os.getpid())
-            if workers:
-                self._random.choice(workers).kill()
-                self.kills += 1
+            _wait(lambda: bool(workers_of(os.getpid())))
+            self._random.choice(workers_of(os.getpid())).kill()
+            self.kills += 1
 
 
 def run_killed(
