@@ -174,11 +174,13 @@ class Killer:
 
     def __call__(self, event: Progress) -> None:
         """Kill, if it is time."""
-        due = self._wanted * event.done // event.total
+        # all of them before the end, when no worker may be left to kill
+        due = min(self._wanted, self._wanted * event.done * 10 // (event.total * 9))
         if event.stage == "convert" and self.kills < due:
-            _wait(lambda: bool(workers_of(os.getpid())))
-            self._random.choice(workers_of(os.getpid())).kill()
-            self.kills += 1
+            workers = workers_of(os.getpid())
+            if workers:  # else the next event catches up
+                self._random.choice(workers).kill()
+                self.kills += 1
 
 
 def run_killed(
