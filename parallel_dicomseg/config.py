@@ -84,6 +84,14 @@ _HELP = {
     "convert.compare": "What tells --update that a file is unchanged: its time and size, or its"
     " content.",
     "convert.ignore_space": "Begin even where the disk will probably not hold the output.",
+    "convert.task_timeout": "Seconds until a task in a worker process is tried elsewhere; 0:"
+    " never.",
+    "convert.window_limit": "Results that may be under way or wait to be written, e.g. 2GiB; 0:"
+    " 2 GiB.",
+    "convert.tls_ca_file": "Certificate of the cluster's authority (PEM).",
+    "convert.tls_cert": "Certificate shown to the cluster (PEM).",
+    "convert.tls_key": "Private key of --tls-cert (PEM).",
+    "convert.allow_insecure_cluster": "Use a cluster beyond this machine without encryption.",
     "convert.checks.max_mask_fraction": "Flag a mask that covers more of the image than this.",
     "convert.checks.max_ellipse_residual": "Flag a ring further than this from its ellipse"
     " (RMS, in mean radii).",
@@ -133,6 +141,7 @@ _MAXIMA = {
 _SIZES = frozenset(
     {
         "convert.memory_limit",
+        "convert.window_limit",
         *(f"limits.{field.name}" for field in fields(Limits) if field.name.endswith("_bytes")),
     }
 )

@@ -1,8 +1,8 @@
 """Convert a cohort: one pure function per task, and the driver round it.
 
 `for task in tasks(plan): writer.put(encode_chunk(task))` is the whole program; Dask only spreads
-it (schedulers.py). Results are committed in the order of the plan, so the output does not depend
-on who was faster.
+it (schedulers, running.py). Results are committed in the order of the plan, so the output does not
+depend on who was faster.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ import os
 import shutil
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import BrokenExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +49,8 @@ from parallel_dicomseg.records import (
     SliceRefs,
     Summary,
 )
-from parallel_dicomseg.schedulers import Job, Pending, open_scheduler
+from parallel_dicomseg.running import DEFAULT_WINDOW_BYTES, Bounds, run_tasks
+from parallel_dicomseg.schedulers import Job, open_crew
 from parallel_dicomseg.store import (
     Hdf5Writer,
     Sources,
@@ -211,6 +211,10 @@ def warm_up(image_dtype: str = "<i2", mask_dtype: str = "|u1", codec: str = "def
     )
     rasterize_batch(triangle, np.zeros((1, 8, 8), mask_dtype))
     return time.perf_counter() - start
+
+
+# Of a process that decodes one slice alone: what the packages of a decoder take when they load.
+_PACKAGES_BYTES = 512 << 20
 
 
 # --- the driver ----------------------------------------------------------------------------------
@@ -436,35 +440,32 @@ def _stop_if_strict(problems: tuple[Problem, ...]) -> None:
 def run(
     plan: Plan, options: ConvertOptions, workers: int, spans: Sequence[tuple[int, int]]
 ) -> Generator[EncodedChunk, None, None]:
-    """The encoded chunks of a plan in its order, with a bounded number of tasks under way.
+    """The encoded chunks of a plan in its order, each once, with a bounded number under way.
 
-    `spans` are the slices that are wanted, as for `plan.tasks`.
+    Parameters
+    ----------
+    plan, options, workers
+        What to convert, how, and by how many.
+    spans
+        The slices that are wanted, as for `plan.tasks`.
 
     Raises
     ------
     ConfigurationError
-        `options.scheduler` is nothing that exists.
-    ConversionError
+        `options.scheduler` is nothing that exists, or it may not be talked to.
+    ResumableError
         The workers, or the scheduler, were lost.
+    ConversionError
+        The workers cannot do it, or nothing can be converted.
     """
     layout = plan.layout
     job = Job(
         function=encode_chunk,
         window=plan.window,
         root=plan.cohort.root,
-        warm_up=lambda: warm_up(layout.image_dtype, layout.mask_dtype, layout.codec),
+        warm_up=partial(warm_up, layout.image_dtype, layout.mask_dtype, layout.codec),
+        slice_memory=plan.worker_bytes + _PACKAGES_BYTES,
     )
-    pending: deque[Pending] = deque()
-    with closing_decoders(), open_scheduler(job, options.scheduler, workers) as (submit, window):
-        try:
-            for task in tasks(plan, spans):
-                if len(pending) == window:
-                    yield pending.popleft().result()
-                pending.append(submit(task))
-            while pending:
-                yield pending.popleft().result()
-        except BrokenExecutor as error:
-            raise ConversionError("a worker process died; is there enough memory?") from error
-        finally:
-            for future in pending:
-                future.cancel()
+    bounds = Bounds(options.window_limit or DEFAULT_WINDOW_BYTES, options.task_timeout)
+    with closing_decoders(), open_crew(job, options, workers) as crew:
+        yield from run_tasks(tasks(plan, spans), job, crew, bounds)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,8 @@ _TASK_BYTES = 8 << 20
 # A worker holds a slice as stored, converted, shuffled and encoded at the same time.
 _IMAGE_COPIES = 4
 _MASK_COPIES = 2
+# Results wait in the window, two or three per worker, while the next task is made.
+_SLICES_HELD = 3
 # Columns of the SliceTable that a worker needs as they are.
 _COPIED_COLUMNS = (
     "frame",
@@ -71,7 +73,9 @@ class Plan:
     """(n, 4) where each slice's stored pixels lie in its source image, see grid.py."""
     slices_per_task: int
     window: int
-    """Tasks that may be under way or waiting to be written at the same time."""
+    """Tasks that may be under way at the same time."""
+    worker_bytes: int
+    """What one worker may use for its slices and results."""
     problems: tuple[Problem, ...]
     """What the layout leaves out."""
     notes: tuple[str, ...]
@@ -142,12 +146,15 @@ def make_plan(
         invert_monochrome1=options.invert_monochrome1,
         pad_value=_pad_value(options.pad_value),
     )
+    each = _slice_bytes(layout, _source_bytes(cohort.slices))
+    worker_bytes = options.memory_limit or max(DEFAULT_WORKER_BYTES, _SLICES_HELD * each)
     return Plan(
         cohort=cohort,
         layout=layout,
         grid=grids.grid[placed],
-        slices_per_task=_slices_per_task(layout, _source_bytes(cohort.slices), options, workers),
+        slices_per_task=_slices_per_task(layout, each, worker_bytes, options, workers),
         window=2 * workers + 1,
+        worker_bytes=worker_bytes,
         problems=grids.problems,
         notes=grids.notes,
         limits=options.limits,
@@ -163,7 +170,10 @@ def _check_options(options: ConvertOptions) -> None:
         ("partial_overlap", options.partial_overlap, POLICIES),
         ("dates", options.dates, DATES),
     )
-    amounts = ("workers", "memory_limit", "slices_per_task", "max_rejected")
+    amounts = (
+        "workers", "memory_limit", "slices_per_task", "max_rejected", "task_timeout",
+        "window_limit",
+    )  # fmt: skip
     for name in amounts:
         if getattr(options, name) < 0:
             raise ConfigurationError(f"{name} is {getattr(options, name)}, it cannot be negative")
@@ -233,21 +243,23 @@ def _source_bytes(slices: SliceTable) -> int:
     return int((slices.rows.astype(np.int64) * slices.columns * samples).max() // 8)
 
 
-def _slices_per_task(
-    layout: Layout, source_bytes: int, options: ConvertOptions, workers: int
-) -> int:
+def _slice_bytes(layout: Layout, source_bytes: int) -> int:
+    """What a worker holds for one slice at the same time."""
     pixels = layout.rows * layout.columns
-    each = source_bytes + pixels * (
+    return source_bytes + pixels * (
         _IMAGE_COPIES * layout.samples * np.dtype(layout.image_dtype).itemsize
         + _MASK_COPIES * np.dtype(layout.mask_dtype).itemsize
     )
-    # Results wait in the window, two or three per worker, while the next task is made.
-    limit = options.memory_limit or max(DEFAULT_WORKER_BYTES, 3 * each)
-    most = limit // (3 * each)
+
+
+def _slices_per_task(
+    layout: Layout, each: int, limit: int, options: ConvertOptions, workers: int
+) -> int:
+    most = limit // (_SLICES_HELD * each)
     if most < 1:
         raise ConfigurationError(
             f"memory_limit is {limit} bytes, one slice of {layout.rows} x {layout.columns} pixels "
-            f"needs {3 * each}"
+            f"needs {_SLICES_HELD * each}"
         )
     if options.slices_per_task:
         if options.slices_per_task > most:
@@ -257,7 +269,8 @@ def _slices_per_task(
             )
         return options.slices_per_task
     even = -(-layout.slices // (_TASKS_PER_WORKER * workers))
-    cached = _TASK_BYTES // (pixels * layout.samples * np.dtype(layout.image_dtype).itemsize)
+    pixels = layout.rows * layout.columns * layout.samples
+    cached = _TASK_BYTES // (pixels * np.dtype(layout.image_dtype).itemsize)
     return max(1, min(MAX_SLICES_PER_TASK, most, even, cached))
 
 
@@ -286,6 +299,18 @@ def _task(plan: Plan, first: int, end: int) -> ChunkTask:
         slices=slice_refs(plan.cohort.slices, slice(first, end), plan.grid),
         annotations=annotation_refs(annotations, drawn, first),
         limits=plan.limits,
+    )
+
+
+def single_slice(task: ChunkTask, place: int) -> ChunkTask:
+    """The task of one slice: that at `place` in a task of several."""
+    drawn = [i for i, plane in enumerate(task.annotations.plane) if plane == place]
+    columns = {f.name: getattr(task.slices, f.name)[place : place + 1] for f in fields(SliceRefs)}
+    return replace(
+        task,
+        first=task.first + place,
+        slices=SliceRefs(**columns),
+        annotations=replace(task.annotations.take(drawn), plane=(0,) * len(drawn)),
     )
 
 

@@ -727,6 +727,18 @@ class ConvertOptions:
     """Begin even where the disk will probably not hold the output."""
     limits: Limits = field(default_factory=Limits)
     """Of the input."""
+    task_timeout: float = 600.0
+    """Seconds that a task may take in a worker process before it is given to another; 0: any."""
+    window_limit: int = 0
+    """Bytes of results that may be under way or wait to be written; 0: 2 GiB."""
+    tls_ca_file: str = ""
+    """Certificate (PEM) of the authority that signed those of the cluster, or ''."""
+    tls_cert: str = ""
+    """Certificate (PEM) that is shown to the cluster, or ''."""
+    tls_key: str = ""
+    """Its private key (PEM), or ''."""
+    allow_insecure_cluster: bool = False
+    """Talk to a cluster beyond this machine without encryption."""
 
 
 @dataclass(frozen=True, slots=True)

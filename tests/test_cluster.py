@@ -22,11 +22,11 @@ from typing import Any
 
 import pytest
 
-from parallel_dicomseg import schedulers
 from parallel_dicomseg.cohort import scan_cohort
 from parallel_dicomseg.convert import convert_cohort, warm_up
-from parallel_dicomseg.errors import ConfigurationError, ConversionError
+from parallel_dicomseg.errors import ConfigurationError, ConversionError, ResumableError
 from parallel_dicomseg.records import Cohort, ConvertOptions, Progress
+from parallel_dicomseg.schedulers import cluster as cluster_room
 from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 
 dask = pytest.importorskip("dask")
@@ -37,6 +37,8 @@ yaml = pytest.importorskip("yaml")
 CLUSTER = Path(__file__).resolve().parents[1] / "cluster"
 START_SECONDS = 60
 END_SECONDS = 5
+# What is said of a cluster without workers, by the converter or, where it is faster, by Dask.
+GONE = "no worker for 1 s|all workers of the Dask cluster were lost"
 
 # A worker that was not given the package: importing it fails as if it were not installed.
 WITHOUT_PACKAGE = (
@@ -47,9 +49,10 @@ WITHOUT_PACKAGE = (
 # The command line, where a second is long enough for an answer.
 IMPATIENT_CONVERT = """
 import sys
-from parallel_dicomseg import cli, schedulers
-schedulers._WORKERS_TIMEOUT_S = 1
-cli.main(["convert", sys.argv[1], "-o", "stranger.h5", "--scheduler", sys.argv[2]])
+from parallel_dicomseg import cli
+from parallel_dicomseg.schedulers import cluster
+cluster.WORKERS_TIMEOUT_S = 1
+cli.main(["convert", sys.argv[1], "-o", "stranger.h5", "--scheduler", *sys.argv[2:]])
 """
 
 
@@ -264,12 +267,12 @@ def test_loss_of_all_workers_ends_the_run(
     processes: Processes, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where every worker is gone for good, the run says so instead of waiting for ever."""
-    monkeypatch.setattr(schedulers, "_WORKERS_TIMEOUT_S", 1)
+    monkeypatch.setattr(cluster_room, "WORKERS_TIMEOUT_S", 1)
     address = processes.scheduler()
     worker = processes.worker(address, "--no-nanny")
     wait_for_workers(address, 1)
 
-    with pytest.raises(ConversionError, match="no worker for 1 s"):
+    with pytest.raises(ResumableError, match=GONE):
         converted(cohort, tmp_path, address, kill_at(5, worker))
 
     assert not (tmp_path / "out.h5").exists()
@@ -279,13 +282,13 @@ def test_loss_of_the_scheduler_ends_the_run(
     processes: Processes, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Where the scheduler is gone, the run says so."""
-    monkeypatch.setattr(schedulers, "_WORKERS_TIMEOUT_S", 2)
+    monkeypatch.setattr(cluster_room, "WORKERS_TIMEOUT_S", 2)
     address = processes.scheduler()
     scheduler, _ = processes._started[0]
     processes.worker(address, "--no-nanny")
     wait_for_workers(address, 1)
 
-    with pytest.raises(ConversionError, match="scheduler was lost"):
+    with pytest.raises(ResumableError, match="scheduler was lost"):
         converted(cohort, tmp_path, address, kill_at(5, scheduler))
 
 
@@ -293,11 +296,11 @@ def test_cluster_without_workers_is_refused(
     processes: Processes, cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler that no worker joins ends the run after the time that is allowed for it."""
-    monkeypatch.setattr(schedulers, "_WORKERS_TIMEOUT_S", 1)
+    monkeypatch.setattr(cluster_room, "WORKERS_TIMEOUT_S", 1)
     address = processes.scheduler()
     start = time.monotonic()
 
-    with pytest.raises(ConversionError, match="no worker for 1 s"):
+    with pytest.raises(ResumableError, match="no worker for 1 s"):
         converted(cohort, tmp_path, address)
 
     assert time.monotonic() - start < 10
@@ -349,7 +352,7 @@ def test_address_where_nobody_answers_is_refused(
     cohort: Cohort, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A port on which nothing listens is a mistake of the user, told in one sentence."""
-    monkeypatch.setattr(schedulers, "_SCHEDULER_TIMEOUT_S", 1)
+    monkeypatch.setattr(cluster_room, "SCHEDULER_TIMEOUT_S", 1)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
@@ -392,12 +395,90 @@ def test_certificate_keeps_strangers_out(
     written = yaml.safe_load(Path(config).read_text())
     with dask.config.set(dask.config.merge(dask.config.config, written)):
         assert converted(cohort, tmp_path, address) == expected
-    for stranger in (address, address.replace("tls://", "tcp://")):
+    other = tmp_path / "other"
+    subprocess.run([CLUSTER / "certificate.sh", other], check=True, capture_output=True)
+    files = {"--tls-ca-file": "ca.pem", "--tls-cert": "client.pem", "--tls-key": "client.key"}
+    theirs = [word for flag, name in files.items() for word in (flag, str(other / name))]
+    for stranger, shown in ((address, theirs), (address.replace("tls://", "tcp://"), [])):
         # in a process of its own, for a Dask client that is turned away leaves a thread behind
-        command = [sys.executable, "-c", IMPATIENT_CONVERT, cohort.root, stranger]
+        command = [sys.executable, "-c", IMPATIENT_CONVERT, cohort.root, stranger, *shown]
         done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert f"error: no Dask scheduler answers at {stranger}" in done.stderr
+
+
+def test_certificates_can_be_given_as_options(
+    processes: Processes, cohort: Cohort, expected: bytes, tmp_path: Path
+) -> None:
+    """--tls-ca-file, --tls-cert and --tls-key do what Dask's configuration does."""
+    if shutil.which("openssl") is None:
+        pytest.skip("no openssl here")
+    tls = tmp_path / "tls"
+    subprocess.run([CLUSTER / "certificate.sh", tls], check=True, capture_output=True)
+    address = processes.scheduler("--protocol", "tls", DASK_CONFIG=str(tls / "dask.yaml"))
+    processes.worker(address, "--no-nanny", DASK_CONFIG=str(tls / "dask.yaml"))
+    options = ConvertOptions(
+        scheduler=address,
+        workers=2,
+        tls_ca_file=str(tls / "ca.pem"),
+        tls_cert=str(tls / "client.pem"),
+        tls_key=str(tls / "client.key"),
+    )
+
+    convert_cohort(cohort, tmp_path / "out.h5", options=options)
+
+    assert (tmp_path / "out.h5").read_bytes() == expected
+    assert {path.stat().st_mode & 0o077 for path in tls.iterdir()} == {0}
+    assert not (tls / "ca.key").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "beyond this machine and not encrypted.*--allow-insecure-cluster"),
+        ({"scheduler": "host.invalid:8786"}, "host.invalid:8786 is beyond this machine"),
+        ({"scheduler": "tls://192.0.2.1:8786"}, "wants a certificate: give --tls-ca-file"),
+        ({"tls_cert": __file__}, "--tls-ca-file, --tls-key is missing"),
+        ({"tls_ca_file": "a", "tls_cert": "b", "tls_key": "c"}, "tls_ca_file is 'a'; there is no"),
+        (dict.fromkeys(("tls_ca_file", "tls_cert", "tls_key"), __file__), "not encrypted; use tls"),
+        (
+            {
+                "scheduler": "tls://192.0.2.1:8786",
+                **dict.fromkeys(("tls_ca_file", "tls_cert", "tls_key"), __file__),
+            },
+            "the certificates cannot be used",
+        ),
+    ],
+)
+def test_open_network_is_refused(
+    cohort: Cohort, tmp_path: Path, changes: dict[str, str], message: str
+) -> None:
+    """A cluster that others can reach needs certificates, before anybody is talked to."""
+    options = ConvertOptions(**{"scheduler": "tcp://192.0.2.1:8786"} | changes)
+
+    with pytest.raises(ConfigurationError, match=message):
+        convert_cohort(cohort, tmp_path / "out.h5", options=options)
+
+
+def test_worker_on_an_open_network_is_refused(cohort: Cohort, tmp_path: Path) -> None:
+    """A scheduler on loopback does not hide a worker that others can reach, unless allowed."""
+    host = socket.gethostbyname(socket.gethostname())
+    if host.startswith("127."):
+        pytest.skip("this machine has no address beyond loopback")
+    with (
+        distributed.LocalCluster(n_workers=0, host="127.0.0.1", dashboard_address=None) as cluster,
+        processes_in(tmp_path) as started,
+    ):
+        address = cluster.scheduler_address
+        started.worker(address, "--no-nanny", "--host", host)
+        wait_for_workers(address, 1)
+
+        with pytest.raises(ConfigurationError, match="is beyond this machine"):
+            converted(cohort, tmp_path, address)
+        options = ConvertOptions(scheduler=address, allow_insecure_cluster=True)
+        summary = convert_cohort(cohort, tmp_path / "out.h5", options=options)
+
+    assert summary.slices == len(cohort.slices)
 
 
 # Stands in for ssh and the machine at its other end: runs the command here, in a shell, as sshd
@@ -447,14 +528,16 @@ def test_compose_file_keeps_the_cluster_inside() -> None:
     compose = yaml.safe_load(text)
     services = compose["services"]
 
-    assert set(services) == {"scheduler", "worker", "convert"}
+    assert set(services) == {"certificates", "scheduler", "worker", "convert"}
     assert all(network["internal"] for network in compose["networks"].values())
     for service in services.values():
         assert "ports" not in service
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
         assert set(service["networks"]) <= set(compose["networks"])
-        assert any(volume.endswith(":/data:ro") for volume in service["volumes"])
+        data = [volume for volume in service["volumes"] if ":/data" in volume]
+        assert all(volume.endswith(":/data:ro") for volume in data)
+        assert bool(data) == (service is not services["certificates"])
         names = {volume.partition(":")[0] for volume in service["volumes"] if volume[0] != "$"}
         assert names <= set(compose["volumes"])
         assert set(service.get("depends_on", ())) <= set(services)
@@ -466,13 +549,20 @@ def test_compose_runs_scripts_and_options_that_exist() -> None:
     from parallel_dicomseg.cli import main
 
     services = yaml.safe_load((CLUSTER / "compose.yaml").read_text())["services"]
-    started = " ".join(services["scheduler"]["entrypoint"] + services["worker"]["entrypoint"])
+    names = ("certificates", "scheduler", "worker")
+    started = " ".join(word for name in names for word in services[name]["entrypoint"])
     scripts = [word for word in started.split() if word.endswith(".sh")]
     command = main.commands[services["convert"]["entrypoint"][1]]
     options = {name for parameter in command.params for name in parameter.opts}
     used = {word.partition("=")[0] for word in services["convert"]["entrypoint"] if "--" in word}
 
-    assert scripts == ["cluster/scheduler.sh", "cluster/worker.sh"]
+    assert scripts == [f"cluster/{name}.sh" for name in ("certificate", "scheduler", "worker")]
+    assert all(
+        service["environment"]["DASK_CONFIG"] == "/tls/dask.yaml"
+        for name, service in services.items()
+        if name != "certificates"
+    )
+    assert "--scheduler=tls://scheduler:8786" in services["convert"]["entrypoint"]
     assert all((CLUSTER.parent / script).is_file() for script in scripts)
     assert used <= options
 

@@ -192,7 +192,10 @@ def test_resolving_equals_looking_everywhere(
         ("scan = 3", r"c\.toml: scan = 3: expected a table \[scan\]"),
         ("[convert]\nchecks = 1", r"convert\.checks = 1: expected a table \[convert\.checks\]"),
         ("[convert]\nrul = 'x'", r"convert\.rul: there is no such setting; did you mean rule\?"),
-        ("[convert]\nqqq = 1", r"convert\.qqq: there is no such setting; known are checks, codec"),
+        (
+            "[convert]\nqqq = 1",
+            r"convert\.qqq: there is no such setting; known are allow_.*, checks, codec",
+        ),
         ("[convert.checks]\nmax_mask = 1", r"did you mean max_mask_fraction\?"),
         ("[convert]\nrule = 3", r"convert\.rule = 3: expected one of center, pil-outline0"),
         ("[convert]\nrule = 'centre'", r"expected one of center, .*; did you mean center\?"),

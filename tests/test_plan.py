@@ -1,6 +1,7 @@
 """The plan: integers only, so most of these are small tables."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,9 +9,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from usual import cohort, slice_table
 
+from parallel_dicomseg.cohort import scan_cohort
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.plan import image_dtype, make_plan, mask_dtype, tasks
 from parallel_dicomseg.records import Checks, ConvertOptions, Reason
+from parallel_dicomseg.synthetic import make_sunnybrook_cohort
 
 
 @given(
@@ -155,3 +158,20 @@ def test_memory_limit_bounds_the_tasks():
     assert plenty.slices_per_task == 64
     assert 1 <= little.slices_per_task < 16
     assert plenty.window == little.window == 5
+
+
+@pytest.mark.parametrize("first", [0, 1, 7, 8, 9])
+def test_tasks_start_at_any_slice(tmp_path: Path, first: int) -> None:
+    """From a slice on, tasks hold the slices and annotations that remain, renumbered."""
+    make_sunnybrook_cohort(tmp_path / "cohort", patients=1, slices=9, rows=32, columns=32)
+    plan = make_plan(scan_cohort(tmp_path / "cohort"), ConvertOptions(slices_per_task=3), 1)
+    single = list(tasks(replace(plan, slices_per_task=1)))
+
+    made = list(tasks(plan, [(first, plan.layout.slices)]))
+
+    assert [task.first for task in made] == list(range(first, 9, 3))
+    paths = [path for task in made for path in task.slices.path]
+    assert paths == [task.slices.path[0] for task in single[first:]]
+    drawn = [(t.first + k, p) for t in made
+             for k, p in zip(t.annotations.plane, t.annotations.path, strict=True)]  # fmt: skip
+    assert drawn == [(t.first, p) for t in single[first:] for p in t.annotations.path]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +10,12 @@ from survive_canary import TAGS, shapes_in, survive
 
 from parallel_dicomseg.cohort import scan_cohort
 from parallel_dicomseg.convert import convert_cohort
-from parallel_dicomseg.errors import ConversionError, LayoutError
+from parallel_dicomseg.errors import LayoutError
 from parallel_dicomseg.phantoms import make_rtstruct_series
 from parallel_dicomseg.plan import make_plan, tasks
 from parallel_dicomseg.records import ChunkTask, ConvertOptions
-from parallel_dicomseg.schedulers import Job, _delayed, open_scheduler
+from parallel_dicomseg.schedulers import Attempt, Failure
+from parallel_dicomseg.schedulers.crew import delayed
 from parallel_dicomseg.sources.links import read_links
 
 
@@ -57,56 +56,28 @@ def task(tmp_path: Path) -> ChunkTask:
     return next(iter(tasks(plan)))
 
 
-def job(function: Callable[[ChunkTask], Any]) -> Job:
-    """One that needs no warming up."""
-    return Job(function=function, window=1, root=os.sep, warm_up=lambda: None)
-
-
 def raise_worst(task: ChunkTask) -> Any:
     """Quote everything."""
     raise ValueError(f"{task!r} {task.root}")
 
 
-def raise_own(_: ChunkTask) -> Any:
-    """Say what the package says."""
-    raise LayoutError("one clear sentence")
-
-
 def test_keys_and_graphs_name_no_file(task: ChunkTask) -> None:
     """What schedulers show on dashboards and workers log: the key, and the task's text."""
-    delayed = _delayed(job(raise_worst), task, "run")
-    shown = f"{delayed.key} {delayed!r} {dict(delayed.__dask_graph__())!r}"
+    node = delayed(Attempt(raise_worst, task), "run")
+    shown = f"{node.key} {node!r} {dict(node.__dask_graph__())!r}"
 
     assert "DOE_JOHN" in repr(task)
     assert "DOE_JOHN" not in shown
     assert ".dcm" not in shown
 
 
-@pytest.mark.parametrize("scheduler", ["synchronous", "threads"])
-def test_an_exception_of_a_library_loses_its_words(task: ChunkTask, scheduler: str) -> None:
-    """Its kind and its place in the code stay, in it and in all that hangs on it."""
-    with (
-        pytest.raises(
-            ConversionError, match=r"could not be converted: ValueError at \w+\.py"
-        ) as raised,
-        open_scheduler(job(raise_worst), scheduler, 1) as (submit, _),
-    ):
-        submit(task).result()
+def test_an_exception_loses_its_words(task: ChunkTask) -> None:
+    """Its kind stays, and its place in this package."""
+    failure = Attempt(raise_worst, task)()
 
-    assert "DOE_JOHN" not in str(raised.value)
-    chain: BaseException | None = raised.value
-    while chain is not None:
-        assert "DOE_JOHN" not in str(chain)
-        chain = chain.__cause__ or chain.__context__
-
-
-def test_an_exception_of_the_package_keeps_its_words(task: ChunkTask) -> None:
-    """They were written without names."""
-    with (
-        pytest.raises(LayoutError, match="one clear sentence"),
-        open_scheduler(job(raise_own), "synchronous", 1) as (submit, _),
-    ):
-        submit(task).result()
+    assert isinstance(failure, Failure)
+    assert failure.detail.startswith("ValueError")
+    assert "DOE_JOHN" not in repr(failure)
 
 
 # --- what was found to leak ----------------------------------------------------------------------
