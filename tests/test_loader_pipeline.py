@@ -21,6 +21,7 @@ class Numbers:
     count: int
     samples: int = 4
     piece: int = 2
+    is_open: bool = False
     seconds: float = 0.0
     fails_at: int = -1
     error: BaseException = field(default_factory=lambda: ValueError("batch 3 is broken"))
@@ -41,7 +42,7 @@ class Numbers:
 
 def pipeline(job, prefetch=2, threads=2):
     """A running pipeline of small buffers."""
-    return Pipeline(job, lambda: (np.full((job.samples, 3), -1),), prefetch, threads)
+    return Pipeline(job, Ring(lambda: (np.full((job.samples, 3), -1),), prefetch + 2), prefetch, threads)
 
 
 def loader_threads():
@@ -89,7 +90,7 @@ def test_buffers_are_used_again():
     """Who drops batches needs no more buffers than are in flight."""
     made = []
     job = Numbers(200)
-    running = Pipeline(job, lambda: made.append(1) or (np.zeros((4, 3)),), 2, 2)
+    running = Pipeline(job, Ring(lambda: made.append(1) or (np.zeros((4, 3)),), 4), 2, 2)
     for _ in range(200):
         running.take()
     running.close()

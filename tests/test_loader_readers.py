@@ -26,7 +26,7 @@ IMAGES, MASKS = written.pictures()
 def way(request, monkeypatch):
     """Both ways to read: numba's kernels, and the packages' own functions."""
     if request.param == "plain":
-        monkeypatch.setattr(readers, "_kernels", lambda codec: None)
+        monkeypatch.setattr(readers, "_kernels", lambda: None)
     return request.param
 
 
