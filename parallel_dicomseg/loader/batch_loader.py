@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import weakref
@@ -164,12 +163,12 @@ class BatchLoader:
         channels: Channels = "first",
         image_dtype: str | np.dtype[Any] = "float32",
         columns: Sequence[str] = (),
-        prefetch: int = 2,
+        prefetch: int = 4,
         threads: int = 0,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
-        verify: bool = False,
+        verify: bool | None = None,
         datasets: tuple[str, str] = ("", ""),
         interpolation: str = "linear",
         outside: str | float = "minimum",
@@ -218,7 +217,8 @@ class BatchLoader:
         drop_last
             Leave out the last batch where it is smaller; every rank then has as many batches.
         verify
-            Compare every chunk that is read with the checksum in the file's table.
+            Compare every chunk that is read with the checksum in the file's table. None: where
+            there are checksums, in our HDF5 files.
         datasets
             Names of the image and of the mask dataset, in a file of others.
         interpolation, outside
@@ -254,7 +254,7 @@ class BatchLoader:
             self._columns = {name: self._source.column(name) for name in columns}
             self._recipe = make_recipe(self._source, look)
             self._sampler = self._bind(sampler or (Uniform() if shuffle else Sequential()))
-            self._most = _piece_size(batch_size, self._threads, self._recipe)
+            self._most = _piece_size(batch_size, prefetch, self._threads, self._recipe)
         except BaseException:
             self._source.close()
             raise
@@ -701,10 +701,14 @@ def _check_numbers(
         raise ConfigurationError(f"rank is {rank}, with world_size {world_size} it is below that")
 
 
-def _piece_size(batch_size: int, threads: int, recipe: Recipe) -> int:
-    """Samples that a thread makes at a time."""
+def _piece_size(batch_size: int, prefetch: int, threads: int, recipe: Recipe) -> int:
+    """Samples that a thread makes at a time.
+
+    So many that the batches made ahead give every thread a piece to do and another one to go on
+    with: the larger the pieces, the less the threads wait for each other.
+    """
     most = max(1, _MOST_PER_PIECE // recipe.form.depth)
-    return min(most, math.ceil(batch_size / threads))
+    return max(1, min(most, batch_size, batch_size * prefetch // (2 * threads)))
 
 
 def rows_of_split(source: Source, split: str) -> Int64:

@@ -64,7 +64,7 @@ class Source:
         return int(math.prod(self.images.shape[3:]))
 
 
-def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool = False) -> Source:
+def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool | None = None) -> Source:
     """Open a file or a mirror for reading batches.
 
     Parameters
@@ -74,7 +74,7 @@ def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool =
     images, masks
         Names of two datasets, where it is a file of others and they are not named as in `PAIRS`.
     verify
-        Compare the checksum of every chunk that is read.
+        Compare the checksum of every chunk that is read; None: where the file has them.
 
     Raises
     ------
@@ -91,7 +91,7 @@ def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool =
 
     with reading(path, "the HDF5 file"), h5py.File(path, "r") as file:
         if not images and not masks and _text(file.attrs.get("format")) == FORMAT:
-            return _open_own(path, file, verify)
+            return _open_own(path, file, verify is not False)
         pair = _find_pair(path, file, images, masks)
     if verify:
         raise ConfigurationError(f"{path} holds no checksums to verify")
@@ -178,7 +178,7 @@ def _text(value: Any) -> str:
 # --- the mirror ----------------------------------------------------------------------------------
 
 
-def _open_mirror(path: Path, verify: bool) -> Source:
+def _open_mirror(path: Path, verify: bool | None) -> Source:
     """A zarr mirror: where the chunks lie is said at the end of each shard."""
     if verify:
         raise ConfigurationError(
