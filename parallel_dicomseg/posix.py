@@ -96,7 +96,7 @@ def close(descriptor: int) -> int:
 def seconds_now(room: NDArray[np.int64]) -> float:
     """A clock that only goes forward, seconds; `room` are two numbers that it may write to."""
     _c_clock_gettime(_MONOTONIC, room.ctypes.data)
-    return room[0] + 1e-9 * room[1]
+    return float(room[0]) + 1e-9 * float(room[1])
 
 
 def pack_paths(

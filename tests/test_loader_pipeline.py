@@ -42,7 +42,9 @@ class Numbers:
 
 def pipeline(job, prefetch=2, threads=2):
     """A running pipeline of small buffers."""
-    return Pipeline(job, Ring(lambda: (np.full((job.samples, 3), -1),), prefetch + 2), prefetch, threads)
+    return Pipeline(
+        job, Ring(lambda: (np.full((job.samples, 3), -1),), prefetch + 2), prefetch, threads
+    )
 
 
 def loader_threads():

@@ -106,7 +106,8 @@ class Recipe:
         if self.form.is_stored_order and not own and image.dtype == np.float32:
             flat = image.reshape(slices.size, -1)
             each = maps if maps is None else np.repeat(maps, slices.shape[1], axis=0)
-            if _chunks_did(self.images, "read_mapped", slices.reshape(-1), each, flat, scratch, clock):
+            asked = (slices.reshape(-1), each, flat)
+            if _chunks_did(self.images, "read_mapped", asked, scratch, clock):
                 return
         is_direct = self.form.is_stored_order and own
         images = self._read(
@@ -116,31 +117,32 @@ class Recipe:
         self._convert(rows, images, image)
         clock.augment += time.perf_counter() - start
 
-    def _fill_masks(
-        self, rows: Int64, mask: NDArray[Any], scratch: Scratch, clock: Clock
-    ) -> None:
+    def _fill_masks(self, rows: Int64, mask: NDArray[Any], scratch: Scratch, clock: Clock) -> None:
         """Masks of whole slices, at once as the batch wants them if that is possible."""
         code = self.code
-        if not code.is_copy:
-            channels = self.form.mask_channels(mask, code)
-            if code.masks == "channels":
-                # (m, s, count); which of these axes is the last in memory does not matter
-                planes = np.moveaxis(channels.reshape(*channels.shape[:2], -1), 0, 1)
-                bits = np.array(code.bits, np.int64)
-                done = _chunks_did(self.masks, "read_channels", rows, bits, planes, scratch, clock)
-            elif code.table is not None:
-                flat = mask.reshape(len(rows), -1)
-                done = _chunks_did(self.masks, "read_recoded", rows, code.table, flat, scratch, clock)
-            else:
-                done = False
-            if done:
-                return
-        slices = rows[:, None]
-        masks = self._read(self.masks, slices, mask if code.is_copy else None, scratch, clock, "mask")
+        told = self.form.mask_channels(mask, code)
+        if not code.is_copy and self._masks_at_once(rows, told, scratch, clock):
+            return
+        out = mask if code.is_copy else None
+        masks = self._read(self.masks, rows[:, None], out, scratch, clock, "mask")
         start = time.perf_counter()
         if not np.may_share_memory(masks, mask):
-            code.write(masks, self.form.mask_channels(mask, code))
+            code.write(masks, told)
         clock.augment += time.perf_counter() - start
+
+    def _masks_at_once(
+        self, rows: Int64, told: NDArray[Any], scratch: Scratch, clock: Clock
+    ) -> bool:
+        """Whether masks could be read into `told`, (s, m, …) for channels and else (m, …)."""
+        if self.code.masks == "channels":
+            # (m, s, count): which of these axes is the last one in memory does not matter
+            planes = np.moveaxis(told.reshape(*told.shape[:2], -1), 0, 1)
+            bits = np.array(self.code.bits, np.int64)
+            return _chunks_did(self.masks, "read_channels", (rows, bits, planes), scratch, clock)
+        if self.code.table is None:
+            return False
+        asked = (rows, self.code.table, told.reshape(len(rows), -1))
+        return _chunks_did(self.masks, "read_recoded", asked, scratch, clock)
 
     def _fill_augmented(
         self,
@@ -233,9 +235,11 @@ class Recipe:
         return moved
 
 
-def _chunks_did(source: Rows, name: str, *arguments: Any) -> bool:
-    """Whether the source could read and convert at once; other files than ours never can."""
-    return isinstance(source, Chunks) and bool(getattr(source, name)(*arguments))
+def _chunks_did(
+    source: Rows, name: str, asked: tuple[Any, ...], scratch: Scratch, clock: Clock
+) -> bool:
+    """Whether the source could read and convert at once; files of others never can."""
+    return isinstance(source, Chunks) and bool(getattr(source, name)(*asked, scratch, clock))
 
 
 def _planes(picture: NDArray[Any]) -> NDArray[Any]:

@@ -178,9 +178,10 @@ def _map(stored: NDArray[Any], intensity: Float64, out: NDArray[np.float32]) -> 
     center, scale = np.float32(intensity[CENTER]), np.float32(intensity[SCALE])
     for k in range(len(stored)):
         value = np.float32(stored[k])
-        # in this order, as np.clip: where low exceeds high it gives high; nan stays
-        value = low if value < low else value
-        value = high if value > high else value
+        # in this order, as np.clip: where low exceeds high it gives high. nan stays; numba's max
+        # and min would lose it
+        value = low if value < low else value  # noqa: FURB136
+        value = high if value > high else value  # noqa: FURB136
         out[k] = (value - center) * scale
 
 

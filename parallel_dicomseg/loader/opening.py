@@ -64,7 +64,9 @@ class Source:
         return int(math.prod(self.images.shape[3:]))
 
 
-def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool | None = None) -> Source:
+def open_source(
+    path: Path, images: str = "", masks: str = "", *, verify: bool | None = None
+) -> Source:
     """Open a file or a mirror for reading batches.
 
     Parameters

@@ -302,9 +302,7 @@ class Chunks:
         longest = int(self.sizes.max(initial=1))
         return min(longest, int(self.slice_bytes * _WORST_GROWTH) + _OVERHEAD_BYTES)
 
-    def _read_plainly(
-        self, rows: Int64, out: NDArray[Any], scratch: Scratch, clock: Clock
-    ) -> None:
+    def _read_plainly(self, rows: Int64, out: NDArray[Any], scratch: Scratch, clock: Clock) -> None:
         start = time.perf_counter()
         sizes = self._sizes(rows)
         ends = np.cumsum(sizes)
@@ -395,7 +393,7 @@ def _checksum(chunk: UInt8) -> int:
     import google_crc32c
 
     chunk.flags.writeable = False  # it refuses to read what could change
-    return int(google_crc32c.value(chunk))  # type: ignore[arg-type]  # any buffer does
+    return int(google_crc32c.value(chunk))
 
 
 def _read_fully(descriptor: int, room: memoryview, offset: int) -> int:
@@ -427,7 +425,6 @@ class Rows(Protocol):
 
     def read(self, rows: Int64, out: NDArray[Any], scratch: Scratch, clock: Clock) -> None:
         """See `Chunks.read`."""
-
 
 
 class DatasetRows:
