@@ -113,6 +113,23 @@ def test_ring_forgets_buffers_that_are_kept():
     assert len(ring._given) <= 2
 
 
+def test_a_batch_is_safe_before_anybody_has_it():
+    """Between leaving the pipeline and reaching the consumer a thread may begin another batch."""
+    given = []
+
+    class Watched(Ring):
+        def give(self, buffers):
+            super().give(buffers)
+            given.append(self.take()[0] is buffers[0])
+
+    running = Pipeline(Numbers(3), Watched(lambda: (np.zeros((4, 3)),), 4), 2, 1)
+    for _ in range(3):
+        running.take()
+    running.close()
+
+    assert given == [False] * 3
+
+
 def test_errors_reach_the_consumer_in_their_turn():
     """Batches before the broken one come; then its error, once, within a second."""
     job = Numbers(10, fails_at=3)

@@ -54,20 +54,29 @@ class Ring:
     Several pipelines may share a ring.
     """
 
+    # There is no lock: the garbage collector may run while one is held, and what it collects may be
+    # an iterator whose threads wait for it. Single operations of a dict are atomic.
+
     def __init__(self, make: Callable[[], Buffers], keep: int) -> None:
         self._make = make
         self._keep = keep
-        self._lock = threading.Lock()
-        self._given: list[Buffers] = []
+        self._given: dict[int, Buffers] = {}
 
     def take(self) -> Buffers:
         """Buffers that nobody uses, with any content."""
-        with self._lock:
-            # the last one that was given back is the likeliest to be in the processor's cache
-            for place in reversed(range(len(self._given))):
-                if _is_unused(self._given[place]):
-                    return self._given.pop(place)
-            del self._given[: -self._keep]
+        # the last one that was given back is the likeliest to be in the processor's cache
+        for key in reversed(list(self._given)):
+            known = self._given.get(key)
+            if known is None or not _is_unused(known):
+                continue
+            buffers = self._given.pop(key, None)
+            if buffers is not None:
+                if _is_unused(buffers):
+                    return buffers
+                # another thread had it in the meantime, and gave it back in use
+                self._given[key] = buffers
+        for key in list(self._given)[: -self._keep]:
+            self._given.pop(key, None)
         return self._make()
 
     def give(self, buffers: Buffers) -> None:
@@ -75,8 +84,7 @@ class Ring:
 
         Whoever wants to see their content must have a view of each already.
         """
-        with self._lock:
-            self._given.append(buffers)
+        self._given[id(buffers)] = buffers
 
 
 def _references(buffers: Buffers) -> int:
@@ -121,7 +129,8 @@ class _Shared:
         self.job = job
         self.ring = ring
         self.prefetch = prefetch
-        lock = threading.Lock()
+        # reentrant: the garbage collector may end a pipeline in a thread that holds it
+        lock = threading.RLock()
         self.is_ready = threading.Condition(lock)
         """Where the consumer waits."""
         self.has_work = threading.Condition(lock)
