@@ -581,6 +581,46 @@ def test_epochs_use_the_same_buffers(file):
     assert len(places) <= 5
 
 
+def test_buffers_come_from_whom_one_likes(file):
+    """All images and masks lie in arrays that `allocate` made, as many as are in flight."""
+    made = []
+
+    def allocate(shape, dtype):
+        made.append(np.full(shape, 7, dtype))
+        return made[-1]
+
+    with BatchLoader(file, 4) as plain, BatchLoader(file, 4, allocate=allocate) as loader:
+        expected, found = contents(plain), []
+        for batch in loader:
+            assert any(np.may_share_memory(batch.image, array) for array in made)
+            assert any(np.may_share_memory(batch.mask, array) for array in made)
+            found += contents([batch])
+        whole = loader.image_shape
+        loader.set_epoch(0)
+        assert contents(loader) == expected
+
+    assert expected == found
+    assert {array.shape[1:] for array in made} == {whole, (2, *whole[1:])}
+    assert len(made) <= 2 * (4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("allocate", "words"),
+    [
+        (lambda shape, dtype: np.empty((3, *shape), dtype)[0], "must not give a view"),
+        (lambda shape, dtype: np.empty(shape, np.int8), "expected contiguous"),
+        (lambda shape, dtype: np.empty(shape[::-1], dtype).T, "expected contiguous"),
+    ],
+)
+def test_buffers_that_cannot_be_watched_are_refused(file, allocate, words):
+    """A buffer that is used again too early would overwrite a batch."""
+    with (
+        BatchLoader(file, 4, allocate=allocate) as loader,
+        pytest.raises(ConfigurationError, match=words),
+    ):
+        next(iter(loader))
+
+
 def test_forever_follows_a_chosen_epoch(file):
     """Who sets another epoch in the meantime gets that one next."""
     with BatchLoader(file, 4) as loader:

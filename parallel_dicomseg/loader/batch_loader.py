@@ -7,13 +7,14 @@ import time
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.loader.assemble import Recipe
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from parallel_dicomseg.loader.augment import Augmentation
     from parallel_dicomseg.loader.windows import Normalize, Window
     from parallel_dicomseg.store import Dataset
+
+#: Makes an array, any content, from its shape and type.
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
 _MOST_THREADS = 8
 # A piece is what a thread does at a time: long enough that handing it out costs nothing.
@@ -172,6 +176,7 @@ class BatchLoader:
         datasets: tuple[str, str] = ("", ""),
         interpolation: str = "linear",
         outside: str | float = "minimum",
+        allocate: Allocate | None = None,
     ) -> None:
         """Open the file.
 
@@ -223,6 +228,9 @@ class BatchLoader:
             Names of the image and of the mask dataset, in a file of others.
         interpolation, outside
             Of augmented images, see `augment.compile_plan`.
+        allocate
+            Makes an array of a shape and type, any content, for the batches' buffers; None:
+            `numpy.empty`. `adapters.pytorch.pinned` makes memory that a graphics card reads itself.
 
         Raises
         ------
@@ -241,6 +249,7 @@ class BatchLoader:
         self.batch_size = batch_size
         self.seed = seed
         self._prefetch = prefetch
+        self._allocate: Allocate = np.empty if allocate is None else allocate
         self._threads = threads or min(_MOST_THREADS, usable_cores())
         self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
         self._source = open_source(self.path, *datasets, verify=verify)
@@ -423,7 +432,8 @@ class BatchLoader:
         """The buffers of this process, kept from one epoch to the next; a fork makes its own."""
         pid, ring = self._ring_of
         if pid != os.getpid():
-            ring = Ring(partial(_make_buffers, *self._shapes(self.batch_size)), self._prefetch + 2)
+            make = partial(_make_buffers, self._allocate, *self._shapes(self.batch_size))
+            ring = Ring(make, self._prefetch + 2)
             self._ring_of = (os.getpid(), ring)
         return ring
 
@@ -436,7 +446,7 @@ class BatchLoader:
 
     def _buffers(self, samples: int) -> Buffers:
         """Room for the images and the masks of a batch."""
-        return _make_buffers(*self._shapes(samples))
+        return _make_buffers(self._allocate, *self._shapes(samples))
 
     def _batch(self, order: _Order, number: int, buffers: Buffers) -> Batch:
         start, end = order.bounds(number)
@@ -559,8 +569,17 @@ def _rebuilt(arguments: dict[str, Any], position: tuple[int, int], resumed: bool
     return loader
 
 
-def _make_buffers(*shapes: tuple[tuple[int, ...], np.dtype[Any]]) -> Buffers:
-    return tuple(np.empty(shape, dtype) for shape, dtype in shapes)
+def _make_buffers(allocate: Allocate, *shapes: tuple[tuple[int, ...], np.dtype[Any]]) -> Buffers:
+    buffers = tuple(allocate(shape, dtype) for shape, dtype in shapes)
+    for array, (shape, dtype) in zip(buffers, shapes, strict=True):
+        if (array.shape, array.dtype, array.flags.c_contiguous) != (shape, dtype, True):
+            raise ConfigurationError(
+                f"allocate made {array.shape} {array.dtype}, expected contiguous {shape} {dtype}"
+            )
+        # a view that refers past the buffer would not tell that the buffer is in use
+        if array[...].base is not array:
+            raise ConfigurationError("allocate must not give a view of a NumPy array")
+    return buffers
 
 
 class EpochIterator:

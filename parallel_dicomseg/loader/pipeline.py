@@ -144,6 +144,8 @@ class _Shared:
         self.slots: dict[int, _Slot] = {}
         self.clock = Clock()
         self.ended = False
+        self.failure: BaseException | None = None
+        """Why a thread could not go on."""
 
     def exchange(
         self, finished: _Slot | None, error: BaseException | None, clock: Clock
@@ -199,6 +201,8 @@ class _Shared:
         with self.is_ready:
             number = self.taken
             while (slot := self.slots.get(number)) is None or slot.left:
+                if self.failure is not None:
+                    raise self.failure
                 if self.ended:
                     raise RuntimeError("the loader was closed while a batch was waited for")
                 self.is_ready.wait()
@@ -227,6 +231,7 @@ class _Shared:
     def fail(self, error: BaseException) -> None:
         """Let the consumer know of a thread that cannot go on."""
         with self.has_work:
+            self.failure = self.failure or error
             for slot in self.slots.values():
                 slot.error = slot.error or error
                 slot.left = 0
