@@ -20,6 +20,7 @@ import threading
 import time
 import warnings
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -184,8 +185,15 @@ def left_behind() -> int:
         time.sleep(0.01)
 
 
-def survive(file: Path, rounds: int, seed: int, *, methods: tuple[str, ...]) -> Counter[str]:
-    """Do it, and count.
+def survive(
+    file: Path,
+    rounds: int,
+    seed: int,
+    *,
+    methods: tuple[str, ...],
+    tell: Callable[[Counter[str]], object] = lambda counts: None,
+) -> Counter[str]:
+    """Do it, and count; `tell` is called after every round.
 
     Returns
     -------
@@ -203,12 +211,20 @@ def survive(file: Path, rounds: int, seed: int, *, methods: tuple[str, ...]) -> 
         if methods and number % ROUNDS_PER_PROCESS == 0:
             method = methods[(number // ROUNDS_PER_PROCESS) % len(methods)]
             go_on_elsewhere(file, method, known, draw, counts)
+        tell(counts)
     counts["left behind"] += left_behind()
     return counts
 
 
 #: Of what `survive` counts, what may not happen.
 FAULTS = ("wrong", "lost exceptions", "processes that failed", "hung processes", "left behind")
+
+
+def tell_progress(counts: Counter[str]) -> None:
+    """A line now and then."""
+    if counts["breaks"] % (50 * BREAKS_PER_ROUND) == 0:
+        words = ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
+        sys.stderr.write(f"{words}\n")
 
 
 def main() -> int:
@@ -225,7 +241,9 @@ def main() -> int:
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         file = make_file(Path(folder), arguments.codec)
-        counts = survive(file, arguments.rounds, arguments.seed, methods=methods)
+        counts = survive(
+            file, arguments.rounds, arguments.seed, methods=methods, tell=tell_progress
+        )
     lines = [f"{name}: {count}" for name, count in sorted(counts.items())]
     sys.stdout.write("\n".join([*lines, f"{time.perf_counter() - start:.0f} s", ""]))
     return int(any(counts[name] for name in FAULTS))
