@@ -452,7 +452,8 @@ class BatchLoader:
         start, end = order.bounds(number)
         rows = order.rows[start:end].copy()
         columns = {name: values[rows] for name, values in self._columns.items()}
-        image, mask = (array[: end - start] for array in buffers)
+        whole = end - start == order.batch_size
+        image, mask = buffers if whole else (array[: end - start] for array in buffers)
         return Batch(image, mask, rows, order.epoch, columns)
 
     def _note(self, order: _Order, number: int, samples: int, is_own: bool) -> None:

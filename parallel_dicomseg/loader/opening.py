@@ -93,14 +93,14 @@ def open_source(
 
     with reading(path, "the HDF5 file"), h5py.File(path, "r") as file:
         if not images and not masks and _text(file.attrs.get("format")) == FORMAT:
-            return _open_own(path, file, verify is not False)
+            return _open_own(path, file, verify)
         pair = _find_pair(path, file, images, masks)
     if verify:
         raise ConfigurationError(f"{path} holds no checksums to verify")
     return _open_pair(path, *pair)
 
 
-def _open_own(path: Path, file: Any, verify: bool) -> Source:
+def _open_own(path: Path, file: Any, verify: bool | None) -> Source:
     """One of our files; every chunk's place is taken now, and h5py is not needed any more."""
     _check_version(path, file.attrs)
     files = Files([path])
@@ -122,13 +122,18 @@ def _open_own(path: Path, file: Any, verify: bool) -> Source:
     return Source(path, images, masks, structures, nested, columns, column, files.close)
 
 
-def _own_array(path: Path, file: Any, name: str, codec: str, files: Files, verify: bool) -> Chunks:
+def _own_array(
+    path: Path, file: Any, name: str, codec: str, files: Files, verify: bool | None
+) -> Chunks:
     """One array of our file, and the checksums of its chunks where they are to be verified."""
     dataset = file[name]
     if len(dataset.shape) not in {3, 4} or dataset.chunks != (1, *dataset.shape[1:]):
         raise LayoutError(f"{path}: /{name} is not one chunk per slice")
     offsets, sizes = _chunk_index(dataset)
-    known = file[f"table/{name.removesuffix('s')}_crc32c"][()] if verify else None
+    column = f"table/{name.removesuffix('s')}_crc32c"
+    if verify and column not in file:
+        raise ConfigurationError(f"{path} holds no checksums to verify")
+    known = file[column][()] if verify is not False and column in file else None
     return Chunks(
         f"/{name}", dataset.shape, dataset.dtype, codec, files, offsets, sizes, crc32c=known
     )
