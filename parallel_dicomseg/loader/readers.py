@@ -493,6 +493,8 @@ def warm_up() -> None:
     from parallel_dicomseg.compressors import way_of
     from parallel_dicomseg.loader import kernels_read as kernels
 
+    if not kernels.AVAILABLE:
+        return
     none, rows = np.zeros(1, np.int64), np.empty(0, np.int64)
     byte, short = np.empty(1, np.uint8), np.empty(1, np.int16)
     place = kernels.Place(none, none, np.empty(0, np.uint32), way_of("none", 1), 1)
