@@ -290,7 +290,7 @@ def percentiles(arrays: Iterable[NDArray[Any]], wanted: Sequence[float]) -> Floa
     arrays = iter(arrays)
     one = next(arrays)
     if one.dtype.kind not in "iu" or one.dtype.itemsize > _COUNTED_BYTES:
-        found: Float64 = np.percentile(np.concatenate([one, *arrays]), wanted)
+        found: Float64 = np.percentile(np.concatenate([one, *arrays]).astype(np.float64), wanted)
         return found
     lowest = int(np.iinfo(one.dtype).min)
     counts = np.zeros(1 << (8 * one.dtype.itemsize), np.int64)
