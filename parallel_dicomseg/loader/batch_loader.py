@@ -393,7 +393,7 @@ class BatchLoader:
         epoch
             In which they are augmented; None: `self.epoch`.
         """
-        index = np.asarray(rows, np.int64)
+        index = np.array(rows, np.int64)
         if index.ndim != 1 or ((index < 0) | (index >= len(self._source))).any():
             raise ConfigurationError(f"rows go from 0 to {len(self._source) - 1}")
         self._prepare()

@@ -492,8 +492,9 @@ def warm_up() -> None:
     """Load, or compile, the kernels that read int16 images and uint8 masks."""
     from parallel_dicomseg.compressors import way_of
     from parallel_dicomseg.loader import kernels_read as kernels
+    from parallel_dicomseg.posix import AVAILABLE
 
-    if not kernels.AVAILABLE:
+    if not AVAILABLE:
         return
     none, rows = np.zeros(1, np.int64), np.empty(0, np.int64)
     byte, short = np.empty(1, np.uint8), np.empty(1, np.int16)
