@@ -55,6 +55,8 @@ WORKERS = 2
 #: Slices that the peers in memory get: they need to make objects of all, and are no slower for it.
 IN_MEMORY = 256
 STEPS_MS = (20, 5)
+#: In which a loader gets its memory for the first time, which a training does once.
+WARM_UP_BATCHES = 16
 #: After which a slow loader has shown how long it lets wait.
 MOST_SECONDS = 1.5
 Batches = Iterator[Any]
@@ -272,8 +274,12 @@ def _bound(make: Callable[..., Batches], *arguments: Any) -> Callable[[], Batche
 
 
 def rate(batches: Batches, seconds: float) -> tuple[float, float]:
-    """Samples per second, and per second of CPU time; the first batch does not count."""
-    next(batches)
+    """Samples per second, and per second of CPU time; the first batches do not count."""
+    start = time.perf_counter()
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+        if time.perf_counter() - start > seconds / 4:
+            break
     samples, start, cpu = 0, time.perf_counter(), time.process_time()
     while (passed := time.perf_counter() - start) < seconds:
         samples += _length(next(batches))
