@@ -1,13 +1,20 @@
 """Random batches of images and masks against other loaders, measured in the same run.
 
     python benchmarks/loader.py                 256 x 256, 5,000 slices: reading, augmenting,
-                                                waiting, first batch, memory
+                                                waiting, first batch, memory (some 4 minutes)
     python benchmarks/loader.py --size 512      the same with larger slices
     python benchmarks/loader.py --only reading  one of the parts
     python benchmarks/loader.py --quick         all of it once, and small
+    python benchmarks/loader.py --output a.jsonl --plot a.png
+                                                keep every figure, and a picture of them
 
-Every loader gives batches of the same slices in random order, int16 images and their masks, from
-the page cache; ours has its kernels loaded (`warm_up()`), peers their modules. They take turns,
+At the end stands what each figure should be, beside what it was.
+
+Every loader gives batches of the same slices in random order from the page cache: int16 images and
+masks of one byte, as they are stored, so that all move the same number of bytes (ours with
+`image_dtype="stored", masks="bits"`; what float32 and a channel per structure cost is told beside
+it). Ours compares the checksum of every chunk, as it does by default; "unverified" does not. Ours
+has its kernels loaded (`warm_up()`), peers their modules. They take turns,
 round by round, each for a fixed time; figures are medians over the rounds, ratios those of one
 round. Only ratios within one run mean something: other work on the machine slows all, and most of
 all whoever uses more than one core, so the CPU time of this process is told beside (not that of
@@ -28,7 +35,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -37,7 +44,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from printing import Emit, emitter
+from printing import Emit, Figures, emitter
 
 # No more than this: new processes measure how long the rest takes to import.
 
@@ -48,6 +55,10 @@ WORKERS = 2
 #: Slices that the peers in memory get: they need to make objects of all, and are no slower for it.
 IN_MEMORY = 256
 STEPS_MS = (20, 5)
+#: In which a loader gets its memory for the first time, which a training does once.
+WARM_UP_BATCHES = 16
+#: After which a slow loader has shown how long it lets wait.
+MOST_SECONDS = 1.5
 Batches = Iterator[Any]
 T = TypeVar("T")
 
@@ -224,17 +235,17 @@ def readers(files: Files, size: int) -> list[Contender]:
         Contender("np.take from memory", lambda: from_memory(files, size)),
         Contender("original loader, its file", lambda: original(files, size)),
         *_ours_by_codec(files, size),
-        Contender(
-            "ours, deflate, float32 and channels",
-            lambda: ours(files.ours["deflate"], size, image_dtype="float32", masks="channels"),
+        *_ours_by_codec(files, size, ", unverified", verify=False),
+        *_ours_by_codec(
+            files, size, ", float32, channels", image_dtype="float32", masks="channels"
         ),
         Contender("torch DataLoader 2, h5py, deflate", lambda: torch_h5py(files, size), "torch"),
     ]
 
 
-def _ours_by_codec(files: Files, size: int, **options: Any) -> list[Contender]:
+def _ours_by_codec(files: Files, size: int, name: str = "", **options: Any) -> list[Contender]:
     def reading(codec: str) -> Contender:
-        return Contender(f"ours, {codec}", lambda: ours(files.ours[codec], size, **options))
+        return Contender(f"ours, {codec}{name}", lambda: ours(files.ours[codec], size, **options))
 
     return [reading(codec) for codec in CODECS]
 
@@ -263,8 +274,12 @@ def _bound(make: Callable[..., Batches], *arguments: Any) -> Callable[[], Batche
 
 
 def rate(batches: Batches, seconds: float) -> tuple[float, float]:
-    """Samples per second, and per second of CPU time; the first batch does not count."""
-    next(batches)
+    """Samples per second, and per second of CPU time; the first batches do not count."""
+    start = time.perf_counter()
+    for _ in range(WARM_UP_BATCHES):
+        next(batches)
+        if time.perf_counter() - start > seconds / 4:
+            break
     samples, start, cpu = 0, time.perf_counter(), time.process_time()
     while (passed := time.perf_counter() - start) < seconds:
         samples += _length(next(batches))
@@ -360,6 +375,8 @@ def waiting_share(batches: Batches, step: float, steps: int) -> float:
         next(batches)
         waited += time.perf_counter() - before
         time.sleep(step)
+        if time.perf_counter() - start > MOST_SECONDS:
+            break
     return 100 * waited / (time.perf_counter() - start)
 
 
@@ -441,6 +458,7 @@ def _first_times(file: str, augment: Sequence[str]) -> dict[str, float]:
     return {
         "import_ms": imported,
         "cold_ms": cold,
+        "new_process_ms": imported + cold,
         "warm_ms": warm,
         "loads_numba": float("numba" in sys.modules),
     }
@@ -458,8 +476,11 @@ def _held(file: str, epochs: int) -> dict[str, float]:
             for batch in loader:
                 size = batch.image.nbytes + batch.mask.nbytes
             held.append(_memory("VmRSS"))
+    whole = max(size, loader.batch_size * size / len(batch.index)) / 2**20
     return {
-        "batch_mib": max(size, loader.batch_size * size / len(batch.index)) / 2**20,
+        "batch_mib": whole,
+        # the first epochs fill caches of the allocator; from then on nothing may be added
+        "growth_batches": (held[-1] - held[(len(held) - 1) // 2]) / whole,
         "start_mib": start,
         "first_epoch_mib": held[0],
         "half_way_mib": held[(len(held) - 1) // 2],
@@ -529,9 +550,113 @@ def write_original(path: Path, images: NDArray[Any], masks: NDArray[Any]) -> Non
             dataset.attrs["lshape"] = (*values.shape[1:], 1)
 
 
+# --- what the figures should be -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """What one figure should at least, or at most, be."""
+
+    what: str
+    part: str
+    case: str
+    """Start of the case's name that is meant."""
+    figure: str
+    wanted: float
+    is_least: bool = True
+    unit: str = ""
+
+    def found(self, figures: Sequence[Mapping[str, Any]]) -> float | None:
+        """The worst figure of the cases that are meant; None without one."""
+        values = [
+            line[self.figure]
+            for line in figures
+            if line["measures"] == self.part
+            and line["case"].startswith(self.case)
+            and line.get(self.figure) is not None
+        ]
+        return (min if self.is_least else max)(values) if values else None
+
+
+def _targets() -> Iterator[Target]:
+    for codec, original, memory in (("deflate", 35, 0.2), ("lz4", 90, 0.5), ("none", 150, 1.0)):
+        name = f"ours, {codec}"
+        yield Target(f"{codec}: times the original", "reading", name, "times_original", original)
+        yield Target(f"{codec}: times np.take", "reading", name, "times_memory", memory)
+    for codec in CODECS:
+        for peer, times in (("monai", 5), ("torchio", 5), ("torch", 3)):
+            what, figure = f"{codec}, augmenting: times {peer}", f"times_{peer}"
+            yield Target(what, "augmenting", f"ours, {codec}", figure, times)
+    for codec in CODECS:
+        for step, percent in zip(STEPS_MS, (1, 2), strict=True):
+            what, figure = f"{codec}: waiting, step {step} ms", f"percent_{step}_ms"
+            yield Target(what, "waiting", f"ours, {codec}", figure, percent, False, "%")
+    for case, wanted in (("as it is", 300), ("augmented", 1000)):
+        for codec in CODECS:
+            name = f"{codec}, {case}"
+            what = f"{name}: first batch, new process"
+            yield Target(what, "first batch", name, "new_process_ms", wanted, False, "ms")
+            what = f"{name}: first batch, warm"
+            yield Target(what, "first batch", name, "warm_ms", 100, False, "ms")
+    for codec in CODECS:
+        what = f"{codec}: growth, batches"
+        yield Target(what, "memory", codec, "growth_batches", 1, False)
+
+
+def tell_targets(figures: Sequence[Mapping[str, Any]], emit: Emit) -> None:
+    """Every target of which a figure was measured, and whether it is met."""
+    for target in _targets():
+        found = target.found([line for line in figures if not line["case"].endswith(_VARIANTS)])
+        if found is not None:
+            met = found >= target.wanted if target.is_least else found <= target.wanted
+            sign = "at least" if target.is_least else "at most"
+            wanted = f"{sign} {target.wanted:g} {target.unit}".strip()
+            emit(
+                {
+                    "measures": "targets",
+                    "case": target.what,
+                    "wanted": wanted,
+                    "measured": found,
+                    "met": "yes" if met else "NO",
+                }
+            )
+
+
+def plot(figures: Sequence[Mapping[str, Any]], file: str) -> None:
+    """Bars of the samples per second, and of the share of time that is waited."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    panels = [
+        ("reading", "samples_per_second", "samples/s"),
+        ("augmenting", "samples_per_second", "samples/s, augmented"),
+        ("waiting", f"percent_{STEPS_MS[0]}_ms", f"% waited, step {STEPS_MS[0]} ms"),
+        ("waiting", f"percent_{STEPS_MS[1]}_ms", f"% waited, step {STEPS_MS[1]} ms"),
+    ]
+    chosen = [
+        (title, [(line["case"], line[figure]) for line in figures if line["measures"] == part])
+        for part, figure, title in panels
+    ]
+    chosen = [(title, bars) for title, bars in chosen if bars]
+    sizes = [len(bars) for _, bars in chosen]
+    drawing, axes = plt.subplots(
+        len(chosen), figsize=(9, 1.5 * len(chosen) + 0.25 * sum(sizes)), squeeze=False,
+        height_ratios=sizes, layout="constrained",
+    )  # fmt: skip
+    for (title, bars), axis in zip(chosen, axes[:, 0], strict=True):
+        axis.barh([name for name, _ in bars][::-1], [value for _, value in bars][::-1])
+        axis.set_xlabel(title)
+    drawing.savefig(file, dpi=120)
+    plt.close(drawing)
+
+
 # --- what is printed ------------------------------------------------------------------------------
 
 
+#: What tells apart cases that no target is about.
+_VARIANTS = (", unverified", ", float32, channels")
 _RATE = (("samples/s", "{samples_per_second:,.0f}"), ("CPU us/sample", "{cpu_microseconds:.0f}"))
 _COLUMNS = {
     "left out": (("not installed", "{needs}"),),
@@ -552,6 +677,7 @@ _COLUMNS = {
     "first batch": (
         ("import", "{import_ms:.0f} ms"),
         ("first batch", "{cold_ms:.0f} ms"),
+        ("both", "{new_process_ms:.0f} ms"),
         ("second loader", "{warm_ms:.0f} ms"),
         ("loads numba", "{loads_numba:.0f}"),
     ),
@@ -562,7 +688,9 @@ _COLUMNS = {
         ("half way", "{half_way_mib:.0f}"),
         ("after all", "{last_epoch_mib:.0f}"),
         ("peak MiB", "{peak_mib:.0f}"),
+        ("growth/batch", "{growth_batches:.1f}"),
     ),
+    "targets": (("should be", "{wanted}"), ("measured", "{measured:.3g}"), ("met", "{met}")),
 }
 
 
@@ -574,13 +702,32 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=256, help="rows and columns [256]")
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=5, help="turns that each loader has [5]")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn [1]")
+    parser.add_argument("--seconds", type=float, default=0.6, help="of each turn [0.6]")
     parser.add_argument("--only", choices=PARTS, action="append", help="this part (repeatable)")
     parser.add_argument("--directory", help="where the files go [memory, if it has room]")
     parser.add_argument("--quick", action="store_true", help="everything once, on 64 slices")
+    parser.add_argument("--output", help="a file for every figure, a JSON object per line")
+    parser.add_argument("--plot", help="a file for a picture of the figures")
     parser.add_argument("--json", action="store_true", help="one JSON object per line")
     parser.add_argument("--child", nargs="+", help=argparse.SUPPRESS)
     return parser.parse_args()
+
+
+def measure(files: Files, arguments: argparse.Namespace, emit: Emit) -> None:
+    """The parts that were asked for, one after another."""
+    quick, parts = arguments.quick, arguments.only or PARTS
+    rounds, seconds = (1, 0.1) if quick else (arguments.rounds, arguments.seconds)
+    size = min(arguments.batch_size, len(files.images))
+    if "reading" in parts:
+        compare("reading", readers(files, size), rounds, seconds, emit)
+    if "augmenting" in parts:
+        compare("augmenting", augmenters(files, size), rounds, seconds, emit)
+    if "waiting" in parts:
+        waiting(files, rounds, 3 if quick else 50, emit)
+    if "first batch" in parts:
+        first_batches(files, rounds, emit)
+    if "memory" in parts:
+        memory(files, 2 if quick else 10, emit)
 
 
 def main() -> None:
@@ -588,26 +735,27 @@ def main() -> None:
     if arguments.child:
         run_child(*arguments.child)
         return
-    emit = emitter("loader", _COLUMNS, as_json=arguments.json, name_width=38, width=17)
+    printed = emitter("loader", _COLUMNS, as_json=arguments.json, name_width=38, width=17)
+    figures: list[Mapping[str, Any]] = []
+
+    def emit(line: Figures) -> None:
+        figures.append(line)
+        printed(line)
+
     quick = arguments.quick
-    rounds, seconds = (1, 0.1) if quick else (arguments.rounds, arguments.seconds)
     slices = 64 if quick else arguments.slices or (5000 if arguments.size <= 256 else 1000)
-    parts = arguments.only or PARTS
     from parallel_dicomseg.loader import warm_up
 
     warm_up()
     with made_files(arguments.directory, slices, arguments.size) as files:
-        size = min(arguments.batch_size, len(files.images))
-        if "reading" in parts:
-            compare("reading", readers(files, size), rounds, seconds, emit)
-        if "augmenting" in parts:
-            compare("augmenting", augmenters(files, size), rounds, seconds, emit)
-        if "waiting" in parts:
-            waiting(files, rounds, 3 if quick else 50, emit)
-        if "first batch" in parts:
-            first_batches(files, rounds, emit)
-        if "memory" in parts:
-            memory(files, 2 if quick else 10, emit)
+        measure(files, arguments, emit)
+    if not quick:
+        tell_targets(tuple(figures), emit)
+    if arguments.output:
+        lines = [json.dumps({"size": arguments.size, **line}) for line in figures]
+        Path(arguments.output).write_text("\n".join(lines) + "\n")
+    if arguments.plot:
+        plot(figures, arguments.plot)
 
 
 if __name__ == "__main__":

@@ -73,7 +73,11 @@ Example:
     "--augment", multiple=True, metavar="NAME", help="flip, rotate, noise, … (or repeated)."
 )
 @click.option("--threads", type=click.IntRange(0), default=0, metavar="N", help="0: one per core.")
-@click.option("--verify", is_flag=True, help="Compare every chunk's checksum with the table's.")
+@click.option(
+    "--verify/--no-verify",
+    default=None,
+    help="Compare every chunk's checksum with the table's.  [default: where there is one]",
+)
 @click.option("--print-indices", is_flag=True, help="Print the rows of the file in each batch.")
 @click.option("--figure", metavar="DIR", help="Save pictures of random samples in this folder.")
 @click.option(

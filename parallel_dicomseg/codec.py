@@ -23,16 +23,15 @@ from numpy.typing import NDArray
 from parallel_dicomseg.compressors import (
     HAS_BLOSC,
     HAS_CRC32C,
-    HAS_INFLATE,
     HAS_ISAL,
-    HAS_UNBLOSC,
+    NO_WAY,
     blosc_rows,
     crc32c_of,
     crc32c_of_rows,
+    decode_chunks,
     deflate_rows,
-    inflate_rows,
     room_for,
-    unblosc_rows,
+    way_of,
 )
 from parallel_dicomseg.jit import kernel
 from parallel_dicomseg.posix import AVAILABLE, read_at
@@ -205,21 +204,6 @@ def _read_checksums(descriptor: int, offsets: Int64, sizes: Int64, out: NDArray[
         out[i] = crc32c_of(room, 0, max(held, 0))
 
 
-@kernel
-def read_rows(descriptors: Int64, offsets: Int64, sizes: Int64, starts: Int64, out: UInt8) -> int:
-    """Read pieces of open files to `out[starts[i]:]`.
-
-    Returns
-    -------
-    How many are there: n, or the place of the first one that is cut short or cannot be read.
-    """
-    for i in range(len(sizes)):
-        room = out[starts[i] : starts[i] + sizes[i]]
-        if read_at(descriptors[i], room, sizes[i], offsets[i]) != sizes[i]:
-            return i
-    return len(sizes)
-
-
 def decode_rows(encoded: UInt8, starts: Int64, sizes: Int64, codec: str, rows: NDArray[Any]) -> int:
     """Decode n chunks by the kernels, without the GIL.
 
@@ -228,7 +212,7 @@ def decode_rows(encoded: UInt8, starts: Int64, sizes: Int64, codec: str, rows: N
     encoded, starts, sizes
         The chunks, where each begins, and its bytes.
     codec
-        One of CODECS other than 'none'; `can_decode_rows(codec)` holds.
+        One of CODECS; `can_decode_rows(codec)` holds.
     rows
         (n, count) of the chunks' dtype, C-contiguous, filled.
 
@@ -236,12 +220,11 @@ def decode_rows(encoded: UInt8, starts: Int64, sizes: Int64, codec: str, rows: N
     -------
     How many were decoded: n, or the place of the first one that is no chunk of this codec.
     """
-    if codec == "deflate":
-        unsigned = rows.view(f"<u{rows.dtype.itemsize}")
-        return int(inflate_rows(encoded, starts, sizes, unsigned))
-    return int(unblosc_rows(encoded, starts, sizes, rows.view(np.uint8)))
+    itemsize = rows.dtype.itemsize
+    way = way_of(codec, itemsize)
+    return int(decode_chunks(way, encoded, starts, sizes, itemsize, rows.view(np.uint8)))
 
 
 def can_decode_rows(codec: str) -> bool:
     """Whether the kernels that read and decode this codec can be called here."""
-    return AVAILABLE and {"deflate": HAS_INFLATE, "none": True}.get(codec, HAS_UNBLOSC)
+    return AVAILABLE and NO_WAY not in (way_of(codec, 1), way_of(codec, 2))

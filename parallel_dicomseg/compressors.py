@@ -6,6 +6,9 @@ each other; so the kernels here call the C functions of the very same libraries.
 compresses, their bytes equal those of the packages' functions, which take over where a symbol is
 not to be found.
 
+For reading deflate there are faster libraries inside imagecodecs, where that is installed:
+libdeflate undoes images in 0.75 of ISA-L's time, zlib-ng masks (long repeats) in 0.25 of it.
+
 The functions get names of their own in LLVM's table (`add_symbol`): loading a library for all the
 process to see would let its zstd and lz4 stand in for those of other packages.
 """
@@ -13,6 +16,9 @@ process to see would let its zstd and lz4 stand in for those of other packages.
 from __future__ import annotations
 
 import ctypes
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import numcodecs.blosc
@@ -26,6 +32,7 @@ from parallel_dicomseg.jit import kernel
 from parallel_dicomseg.records import Int64, UInt8
 
 Bool = NDArray[np.bool_]
+UInt64 = NDArray[np.uint64]
 
 # struct isal_zstream (igzip_lib.h), as places in its array of 16-, 32- or 64-bit words.
 _NEXT_IN_64, _AVAIL_IN_32 = 0, 2
@@ -48,15 +55,32 @@ _INFLATE_WORDS = 1 << 15
 _ZLIB_HEADER_BYTES, _ADLER_BYTES = 2, 4
 
 
-def _register(library: Any, functions: tuple[str, ...]) -> bool:
-    """Make C functions of a Python extension callable from kernels; whether all are there."""
-    handle = ctypes.CDLL(library.__file__)
-    if not all(hasattr(handle, name) for name in functions):
-        return False
-    for name in functions:
-        address = ctypes.cast(getattr(handle, name), ctypes.c_void_p).value
+def _register(file: str, functions: tuple[str, ...]) -> bool:
+    """Make C functions of a Python extension callable from kernels; whether all are there.
+
+    Where they are not, their names stand for a function that nobody calls: a kernel that has a
+    choice of libraries must find the names of all.
+    """
+    found: list[Any] = []
+    if file:
+        handle = ctypes.CDLL(file)
+        found = [getattr(handle, name) for name in functions if hasattr(handle, name)]
+    is_complete = len(found) == len(functions)
+    for place, name in enumerate(functions):
+        function = found[place] if is_complete else ctypes.pythonapi.Py_GetVersion
+        address = ctypes.cast(function, ctypes.c_void_p).value
         binding.add_symbol(f"parallel_dicomseg_{name}", address)
-    return True
+    return is_complete
+
+
+def _extension(package: str, name: str) -> str:
+    """File of a package's extension module, found without importing it; '' where there is none."""
+    spec = find_spec(package)
+    for folder in (spec.submodule_search_locations or ()) if spec else ():
+        for file in sorted(Path(folder).glob(f"{name}.*")):
+            if file.suffix == (".pyd" if sys.platform == "win32" else ".so"):
+                return str(file)
+    return ""
 
 
 def _isal_stream_fits() -> bool:
@@ -101,15 +125,55 @@ def _isal_inflate_fits() -> bool:
     )
 
 
+def _libdeflate_fits() -> bool:
+    """Whether libdeflate undoes what isal makes."""
+    library = ctypes.CDLL(_LIBDEFLATE)
+    library.libdeflate_alloc_decompressor.restype = ctypes.c_void_p
+    data = np.arange(4096, dtype=np.uint16).view(np.uint8)
+    packed, out = np.frombuffer(isal_zlib.compress(data, 1), np.uint8), np.zeros_like(data)
+    state = ctypes.c_void_p(library.libdeflate_alloc_decompressor())
+    places = (packed.ctypes.data, packed.size, out.ctypes.data, out.size, None)
+    failed = library.libdeflate_zlib_decompress(state, *map(ctypes.c_void_p, places))
+    library.libdeflate_free_decompressor(state)
+    return bool(not failed and (out == data).all())
+
+
+def _zlib_ng_fits() -> bool:
+    """Whether zlib-ng undoes what isal makes, and takes sizes of pointers' width."""
+    library = ctypes.CDLL(_ZLIB_NG)
+    data = np.arange(4096, dtype=np.uint16).view(np.uint8)
+    packed, out = np.frombuffer(isal_zlib.compress(data, 1), np.uint8), np.zeros_like(data)
+    length = np.array([out.size, 0], np.uintp)
+    places = (out.ctypes.data, length.ctypes.data, packed.ctypes.data, packed.size)
+    failed = library.zng_uncompress(*map(ctypes.c_void_p, places))
+    return bool(not failed and (out == data).all() and length.tolist() == [out.size, 0])
+
+
+_LIBDEFLATE, _ZLIB_NG = _extension("imagecodecs", "_deflate"), _extension("imagecodecs", "_zlibng")
+
 #: Whether the kernels may be called; else the packages' own functions must do.
-HAS_ISAL = _register(isal_zlib, ("isal_deflate_init", "isal_deflate")) and _isal_stream_fits()
-HAS_CRC32C = _register(isal_zlib, ("crc32_iscsi",))
-HAS_BLOSC = _register(numcodecs.blosc, ("blosc_compress_ctx",))
+HAS_ISAL = (
+    _register(isal_zlib.__file__, ("isal_deflate_init", "isal_deflate")) and _isal_stream_fits()
+)
+HAS_CRC32C = _register(isal_zlib.__file__, ("crc32_iscsi",))
+HAS_BLOSC = _register(numcodecs.blosc.__file__, ("blosc_compress_ctx",))
 HAS_INFLATE = (
-    _register(isal_zlib, ("isal_inflate_init", "isal_inflate_stateless", "isal_adler32"))
+    _register(isal_zlib.__file__, ("isal_inflate_init", "isal_inflate_stateless", "isal_adler32"))
     and _isal_inflate_fits()
 )
-HAS_UNBLOSC = _register(numcodecs.blosc, ("blosc_decompress_ctx",))
+HAS_UNBLOSC = _register(numcodecs.blosc.__file__, ("blosc_decompress_ctx",))
+HAS_LIBDEFLATE = (
+    _register(
+        _LIBDEFLATE,
+        (
+            "libdeflate_alloc_decompressor",
+            "libdeflate_free_decompressor",
+            "libdeflate_zlib_decompress",
+        ),
+    )
+    and _libdeflate_fits()
+)
+HAS_ZLIB_NG = _register(_ZLIB_NG, ("zng_uncompress",)) and _zlib_ng_fits()
 
 _isal_deflate_init = types.ExternalFunction(
     "parallel_dicomseg_isal_deflate_init", types.void(types.intp)
@@ -139,6 +203,20 @@ _isal_inflate = types.ExternalFunction(
 )
 _isal_adler32 = types.ExternalFunction(
     "parallel_dicomseg_isal_adler32", types.uint32(types.uint32, types.intp, types.uint64)
+)
+_libdeflate_alloc = types.ExternalFunction(
+    "parallel_dicomseg_libdeflate_alloc_decompressor", types.intp()
+)
+_libdeflate_free = types.ExternalFunction(
+    "parallel_dicomseg_libdeflate_free_decompressor", types.void(types.intp)
+)
+_libdeflate_zlib = types.ExternalFunction(
+    "parallel_dicomseg_libdeflate_zlib_decompress",
+    types.int32(types.intp, types.intp, types.uintp, types.intp, types.uintp, types.intp),
+)
+_zlib_ng = types.ExternalFunction(
+    "parallel_dicomseg_zng_uncompress",
+    types.int32(types.intp, types.intp, types.intp, types.uintp),
 )
 _blosc_decompress = types.ExternalFunction(
     "parallel_dicomseg_blosc_decompress_ctx",
@@ -283,50 +361,119 @@ def crc32c_of_rows(flat: UInt8, sizes: Int64, checksums: NDArray[np.uint32]) -> 
         start += sizes[i]
 
 
+#: By what a chunk is decoded; `way_of` says which.
+NO_WAY, RAW, ISAL, LIBDEFLATE, ZLIB_NG, UNBLOSC = range(6)
+
+
+def way_of(codec: str, itemsize: int) -> int:
+    """By what chunks of a codec are decoded in kernels; NO_WAY where they cannot be."""
+    if codec == "none":
+        return RAW
+    if codec != "deflate":
+        return UNBLOSC if HAS_UNBLOSC else NO_WAY
+    if itemsize == 1 and HAS_ZLIB_NG:
+        return ZLIB_NG
+    if itemsize > 1 and HAS_LIBDEFLATE:
+        return LIBDEFLATE
+    return ISAL if HAS_INFLATE else NO_WAY
+
+
 @kernel
-def inflate_rows(encoded: UInt8, starts: Int64, sizes: Int64, rows: NDArray[Any]) -> int:
-    """Undo `deflate_rows`: zlib streams to rows, bytes unshuffled.
+def new_decoder(way: int) -> tuple[UInt64, int]:
+    """What `decode_chunk` works with; to be given to `drop_decoder`."""
+    state = np.empty(_INFLATE_WORDS if way == ISAL else 2, np.uint64)
+    return state, int(_libdeflate_alloc()) if way == LIBDEFLATE else 0
+
+
+@kernel
+def drop_decoder(decoder: tuple[UInt64, int]) -> None:
+    """Give its memory back."""
+    if decoder[1]:
+        _libdeflate_free(decoder[1])
+
+
+@kernel
+def decode_chunk(
+    way: int,
+    decoder: tuple[UInt64, int],
+    chunk: UInt8,
+    itemsize: int,
+    planes: UInt8,
+    out: UInt8,
+) -> bool:
+    """Decode one chunk.
 
     Parameters
     ----------
-    encoded
-        The streams.
-    starts, sizes
-        (n,) where each stream begins in `encoded`, and its bytes.
-    rows
-        (n, count) unsigned integers, C-contiguous, filled; rows of single bytes are not shuffled.
+    way, decoder
+        See `way_of` and `new_decoder`.
+    chunk
+        Its encoded bytes.
+    itemsize
+        Bytes per element: HDF5's shuffle is undone where it is more than 1.
+    planes
+        As many bytes as `out`, used where HDF5's shuffle is undone.
+    out
+        Filled with the bytes of the decoded elements, all of it.
 
     Returns
     -------
-    How many rows were decoded: n, or the place of the first one that is no such stream, does not
-    become a whole row, or has another Adler-32.
+    Whether it is a chunk of this codec and becomes as many bytes as `out` has.
     """
-    state = np.empty(_INFLATE_WORDS, np.uint64)
+    if way == RAW:
+        if len(chunk) != len(out):
+            return False
+        out[:] = chunk
+        return True
+    if way == UNBLOSC:
+        return _unblosc(chunk, out)
+    target = out if itemsize == 1 else planes[: len(out)]
+    if not _is_zlib(chunk) or not _inflate(way, decoder, chunk, target):
+        return False
+    if itemsize == 2:
+        unshuffle_row(target, out.view(np.uint16))
+    elif itemsize == 4:
+        unshuffle_row(target, out.view(np.uint32))
+    elif itemsize == 8:
+        unshuffle_row(target, out.view(np.uint64))
+    return True
+
+
+@kernel
+def _inflate(way: int, decoder: tuple[UInt64, int], stream: UInt8, out: UInt8) -> bool:
+    """A zlib stream to all of `out`, its Adler-32 checked; bytes behind it do not matter."""
+    state, libdeflate = decoder
+    source, target = stream.ctypes.data, out.ctypes.data
+    if way == LIBDEFLATE:
+        # without a place for the true size it must be that of `out`
+        return bool(
+            libdeflate
+            and _libdeflate_zlib(libdeflate, source, len(stream), target, len(out), 0) == 0
+        )
+    if way == ZLIB_NG:
+        state[0] = len(out)
+        failed = _zlib_ng(target, state.ctypes.data, source, len(stream)) != 0
+        return not failed and state[0] == len(out)
+    return _isal_inflated(state, stream, out)
+
+
+@kernel
+def _isal_inflated(state: UInt64, stream: UInt8, out: UInt8) -> bool:
     words = state.view(np.uint32)
-    row_bytes = rows.shape[1] * rows.itemsize
-    planes = np.empty(row_bytes if rows.itemsize > 1 else 0, np.uint8)
-    for i in range(rows.shape[0]):
-        stream = encoded[starts[i] : starts[i] + sizes[i]]
-        if len(stream) != sizes[i] or not _is_zlib(stream):
-            return i
-        target = planes.ctypes.data if rows.itemsize > 1 else rows[i].ctypes.data
-        _isal_inflate_init(state.ctypes.data)
-        state[0] = target
-        words[_INFLATE_AVAIL_OUT_32] = row_bytes
-        state[_INFLATE_NEXT_IN_64] = stream.ctypes.data + _ZLIB_HEADER_BYTES
-        words[_INFLATE_AVAIL_IN_32] = len(stream) - _ZLIB_HEADER_BYTES
-        failed = _isal_inflate(state.ctypes.data) != 0
-        left = int(words[_INFLATE_AVAIL_IN_32])
-        if failed or words[_INFLATE_TOTAL_OUT_32] != row_bytes or left < _ADLER_BYTES:
-            return i
-        claimed = np.uint32(0)
-        for byte in stream[len(stream) - left : len(stream) - left + _ADLER_BYTES]:
-            claimed = np.uint32(claimed << 8) | np.uint32(byte)
-        if _isal_adler32(np.uint32(1), target, np.uint64(row_bytes)) != claimed:
-            return i
-        if rows.itemsize > 1:
-            unshuffle_row(planes, rows[i])
-    return len(rows)
+    _isal_inflate_init(state.ctypes.data)
+    state[0] = out.ctypes.data
+    words[_INFLATE_AVAIL_OUT_32] = len(out)
+    state[_INFLATE_NEXT_IN_64] = stream.ctypes.data + _ZLIB_HEADER_BYTES
+    words[_INFLATE_AVAIL_IN_32] = len(stream) - _ZLIB_HEADER_BYTES
+    failed = _isal_inflate(state.ctypes.data) != 0
+    left = int(words[_INFLATE_AVAIL_IN_32])
+    if failed or words[_INFLATE_TOTAL_OUT_32] != len(out) or left < _ADLER_BYTES:
+        return False
+    claimed = np.uint32(0)
+    for byte in stream[len(stream) - left : len(stream) - left + _ADLER_BYTES]:
+        claimed = np.uint32(claimed << 8) | np.uint32(byte)
+    found = _isal_adler32(np.uint32(1), out.ctypes.data, np.uint64(len(out)))
+    return bool(found == claimed)
 
 
 @kernel
@@ -356,19 +503,47 @@ def unshuffle_row(planes: UInt8, elements: NDArray[Any]) -> None:
 
 
 @kernel
-def unblosc_rows(encoded: UInt8, starts: Int64, sizes: Int64, rows: UInt8) -> int:
-    """Undo `blosc_rows`, as `inflate_rows`; `rows` are (n, bytes) here."""
-    row_bytes = rows.shape[1]
-    for i in range(rows.shape[0]):
-        frame = encoded[starts[i] : starts[i] + sizes[i]]
-        if len(frame) != sizes[i] or len(frame) < _BLOSC_OVERHEAD_BYTES:
-            return i
-        # a frame says how long it is and what it becomes; the library believes it
-        if _little_endian(frame[4:8]) != row_bytes or _little_endian(frame[12:16]) != len(frame):
-            return i
-        if _blosc_decompress(frame.ctypes.data, rows[i].ctypes.data, row_bytes, 1) != row_bytes:
-            return i
-    return len(rows)
+def _unblosc(frame: UInt8, out: UInt8) -> bool:
+    """A blosc frame to all of `out`."""
+    if len(frame) < _BLOSC_OVERHEAD_BYTES:
+        return False
+    # a frame says how long it is and what it becomes; the library believes it
+    if _little_endian(frame[4:8]) != len(out) or _little_endian(frame[12:16]) != len(frame):
+        return False
+    return bool(_blosc_decompress(frame.ctypes.data, out.ctypes.data, len(out), 1) == len(out))
+
+
+@kernel
+def decode_chunks(
+    way: int, encoded: UInt8, starts: Int64, sizes: Int64, itemsize: int, rows: UInt8
+) -> int:
+    """Decode chunks one after another; as `decode_chunk`.
+
+    Parameters
+    ----------
+    encoded
+        The chunks.
+    starts, sizes
+        (n,) where each begins in `encoded`, and its bytes.
+    rows
+        (n, bytes) C-contiguous, filled.
+
+    Returns
+    -------
+    How many rows were decoded: n, or the place of the first one that is no such chunk.
+    """
+    planes = np.empty(rows.shape[1], np.uint8)
+    decoder = new_decoder(way)
+    done = 0
+    while done < len(rows):
+        chunk = encoded[starts[done] : starts[done] + sizes[done]]
+        if len(chunk) != sizes[done]:
+            break
+        if not decode_chunk(way, decoder, chunk, itemsize, planes, rows[done]):
+            break
+        done += 1
+    drop_decoder(decoder)
+    return done
 
 
 @kernel

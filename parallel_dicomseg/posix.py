@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 import numba
@@ -33,6 +34,8 @@ _c_pread = types.ExternalFunction(
 )
 _c_lseek = types.ExternalFunction("lseek", types.int64(types.int32, types.int64, types.int32))
 _c_close = types.ExternalFunction("close", types.int32(types.int32))
+_c_clock_gettime = types.ExternalFunction("clock_gettime", types.int32(types.int32, types.intp))
+_MONOTONIC = getattr(time, "CLOCK_MONOTONIC", 1)
 _c_errno = types.ExternalFunction(
     _ERRNO_SYMBOLS.get(sys.platform, "errno"), types.CPointer(types.int32)()
 )
@@ -87,6 +90,13 @@ def read_at(descriptor: int, out: NDArray[np.uint8], length: int, file_offset: i
 def close(descriptor: int) -> int:
     """Close the descriptor; never repeated, since even an interrupted close has closed it."""
     return int(_c_close(descriptor))
+
+
+@kernel
+def seconds_now(room: NDArray[np.int64]) -> float:
+    """A clock that only goes forward, seconds; `room` are two numbers that it may write to."""
+    _c_clock_gettime(_MONOTONIC, room.ctypes.data)
+    return float(room[0]) + 1e-9 * float(room[1])
 
 
 def pack_paths(

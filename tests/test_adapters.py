@@ -185,14 +185,18 @@ def test_a_dataset_counts_the_samples_of_its_split(tmp_path: Path) -> None:
     assert expected.tolist() == found
 
 
+@pytest.mark.parametrize("is_pinned", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_copies_ahead_are_the_same_batches(file: Path, device: str) -> None:
+def test_copies_ahead_are_the_same_batches(file: Path, device: str, is_pinned: bool) -> None:
     """In order, complete, epoch after epoch, from a loader and from a DataLoader."""
     torch, pytorch = framework("torch"), adapter("pytorch", "torch")
     if device == "cuda" and not torch.cuda.is_available():
         pytest.skip("there is no CUDA device")
     expected = epochs_of(file, 2)
-    with open_loader(file) as loader:
+    with open_loader(file, allocate=pytorch.pinned if is_pinned else None) as loader:
+        if device == "cuda" and is_pinned:
+            assert pytorch.tensors(next(iter(loader)))["image"].is_pinned()
+            loader.set_epoch(0)
         ahead = pytorch.DevicePrefetcher(loader, device)
         found = [list(ahead), list(ahead)]
         loader.set_epoch(0)
@@ -202,6 +206,16 @@ def test_copies_ahead_are_the_same_batches(file: Path, device: str) -> None:
     assert device == found[0][0]["image"].device.type
     for epoch, batches in zip([*expected, expected[0]], [*found, from_stream], strict=True):
         assert_same(epoch, [{name: v.cpu() for name, v in batch.items()} for batch in batches])
+
+
+def test_pinned_buffers_of_every_type(file: Path) -> None:
+    """Whatever types batches have, they are the plain loader's; kept tensors stay as they are."""
+    pytorch = adapter("pytorch", "torch")
+    for dtype in ("float32", "int16", "uint8", "uint16", "stored"):
+        options = {"image_dtype": dtype, "masks": "bits", "augment": ()}
+        (expected,) = epochs_of(file, 1, **options)
+        with open_loader(file, allocate=pytorch.pinned, **options) as loader:
+            assert_same(expected, [pytorch.tensors(batch) for batch in loader])
 
 
 def test_nothing_is_left_after_a_break(file: Path) -> None:

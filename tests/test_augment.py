@@ -55,6 +55,7 @@ from parallel_dicomseg.loader.windows import (
     ZScore,
     intensity_maps,
     map_into,
+    percentiles,
     window_of,
 )
 
@@ -945,6 +946,24 @@ def test_minimum_and_maximum_become_0_and_1(per: str) -> None:
     for part in groups.get(per, found.reshape(1, -1)):
         assert part.min() == 0
         assert part.max() == pytest.approx(1, abs=1e-6)
+
+
+@given(
+    st.sampled_from(["u1", "i1", "<i2", "<u2", "<i4", "<f4"]),
+    st.integers(1, 3),
+    st.integers(1, 50),
+    st.tuples(st.floats(0, 100), st.floats(0, 100)),
+    st.integers(0, 99),
+)
+def test_counted_percentiles_are_numpys(
+    dtype: str, arrays: int, count: int, wanted: tuple[float, float], seed: int
+) -> None:
+    """Of one value and of many, of every type, at any place."""
+    values = np.random.default_rng(seed).integers(-90, 120, (arrays, count)).astype(dtype)
+    # as numbers without a limit: NumPy's own difference of two int8 overflows
+    expected = np.percentile(values.astype(np.float64), wanted)
+
+    np.testing.assert_allclose(percentiles(values, wanted), expected, rtol=1e-12, atol=1e-9)
 
 
 def test_percentiles_are_measured_on_the_slices() -> None:

@@ -25,6 +25,7 @@ from parallel_dicomseg.loader import (
     Stack,
     Timings,
     iterate_batches,
+    readers,
 )
 from parallel_dicomseg.loader.windows import MinMax, Percentiles, ZScore
 from parallel_dicomseg.store import mirror_to_zarr, open_dataset
@@ -92,6 +93,35 @@ def test_axes_are_as_promised(file, channels, masks, sample):
         assert (expected.mask == np.moveaxis(batch.mask, axis, 1)).all()
     else:
         assert (expected.mask == batch.mask).all()
+
+
+@pytest.mark.parametrize("codec", ["deflate", "lz4", "zstd", "none"])
+@pytest.mark.parametrize("channels", ["first", "last"])
+@pytest.mark.parametrize(
+    ("samples", "options"),
+    [
+        (1, {"masks": "channels"}),
+        (1, {"masks": "channels", "structures": ["o"], "window": (100, 700)}),
+        (1, {"masks": "labels", "sample": Stack(3), "normalize": ZScore()}),
+        (1, {"masks": "bits", "structures": ["o", "i"], "image_dtype": "stored"}),
+        (1, {"masks": "bits", "image_dtype": "float64", "normalize": MinMax("volume")}),
+        (1, {"masks": "labels", "image_dtype": "uint8", "sample": Patch((16, 20))}),
+        (3, {"masks": "channels", "sample": Stack(3), "window": (100, 700)}),
+    ],
+)
+def test_kernels_and_packages_make_the_same_batches(
+    tmp_path, codec, channels, samples, options, monkeypatch
+):
+    """Whatever is asked for, the fast way and the plain one agree bit for bit."""
+    path = tmp_path / "a.h5"
+    written.write(path, plan=written.layout(codec=codec, samples=samples))
+    with BatchLoader(path, 4, channels=channels, **options) as loader:
+        fast = contents(loader)
+    monkeypatch.setattr(readers, "_kernels", lambda: None)
+    with BatchLoader(path, 4, channels=channels, **options) as loader:
+        plain = contents(loader)
+
+    assert plain == fast
 
 
 def test_stacks_are_slices_of_the_file(file):
@@ -522,6 +552,123 @@ def test_forever_goes_on(file):
         next(none.forever())
 
 
+def test_forever_is_one_epoch_after_another(file):
+    """The same batches as epoch by epoch, by the same threads, from the same few buffers."""
+    with BatchLoader(file, 4, augment="flip,noise", seed=5) as loader:
+        expected = [batch for _ in range(4) for batch in contents(loader)]
+    with BatchLoader(file, 4, augment="flip,noise", seed=5, prefetch=2) as loader:
+        batches, found, threads, places = loader.forever(), [], set(), set()
+        for _ in range(12):
+            batch = next(batches)
+            found += contents([batch])
+            places.add(batch.image.ctypes.data)
+            threads |= {thread.ident for thread in threads_of_loaders()}
+            del batch
+        kept = [timings.epoch for timings in loader.timings]
+        running = len(threads_of_loaders())
+        batches.close()
+
+    assert expected == found
+    assert kept == [0, 1, 2, 3]
+    assert len(threads) == running
+    assert len(places) <= 5
+
+
+def test_epochs_use_the_same_buffers(file):
+    """Pass after pass; what is kept is not among them."""
+    with BatchLoader(file, 4, prefetch=2) as loader:
+        places = {batch.image.ctypes.data for _ in range(10) for batch in loader}
+    assert len(places) <= 5
+
+
+def test_buffers_come_from_whom_one_likes(file):
+    """All images and masks lie in arrays that `allocate` made, as many as are in flight."""
+    made = []
+
+    def allocate(shape, dtype):
+        made.append(np.full(shape, 7, dtype))
+        return made[-1]
+
+    with BatchLoader(file, 4) as plain, BatchLoader(file, 4, allocate=allocate) as loader:
+        expected, found = contents(plain), []
+        for batch in loader:
+            assert any(np.may_share_memory(batch.image, array) for array in made)
+            assert any(np.may_share_memory(batch.mask, array) for array in made)
+            found += contents([batch])
+        whole = loader.image_shape
+        loader.set_epoch(0)
+        assert contents(loader) == expected
+
+    assert expected == found
+    assert {array.shape[1:] for array in made} == {whole, (2, *whole[1:])}
+    assert len(made) <= 2 * (4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("allocate", "words"),
+    [
+        (lambda shape, dtype: np.empty((3, *shape), dtype)[0], "must not give a view"),
+        (lambda shape, dtype: np.empty(shape, np.int8), "expected contiguous"),
+        (lambda shape, dtype: np.empty(shape[::-1], dtype).T, "expected contiguous"),
+    ],
+)
+def test_buffers_that_cannot_be_watched_are_refused(file, allocate, words):
+    """A buffer that is used again too early would overwrite a batch."""
+    with (
+        BatchLoader(file, 4, allocate=allocate) as loader,
+        pytest.raises(ConfigurationError, match=words),
+    ):
+        next(iter(loader))
+
+
+def test_forever_follows_a_chosen_epoch(file):
+    """Who sets another epoch in the meantime gets that one next."""
+    with BatchLoader(file, 4) as loader:
+        batches = loader.forever()
+        first = [next(batches).epoch for _ in range(3)]
+        loader.set_epoch(7)
+        rest = [next(batches).epoch for _ in range(4)]
+        batches.close()
+    assert (first, rest) == ([0, 0, 0], [7, 7, 7, 8])
+    assert not threads_of_loaders()
+
+
+@dataclass
+class Tired:
+    """A sampler that has no third epoch."""
+
+    rows: int = 10
+
+    def order(self, epoch):
+        """Rows in their order."""
+        if epoch == 2:
+            raise ValueError("no epoch 2")
+        return np.arange(self.rows)
+
+
+def test_a_samplers_error_comes_in_its_turn(file):
+    """Although the order is asked for ahead, every batch before it comes."""
+    with BatchLoader(file, 4, sampler=Tired()) as loader:
+        batches = loader.forever()
+        seen = [row for _ in range(6) for row in next(batches).index.tolist()]
+        with pytest.raises(ValueError, match="no epoch 2"):
+            next(batches)
+    assert seen == [*range(10), *range(10)]
+    assert not threads_of_loaders()
+
+
+def test_closing_the_loader_ends_forever(file):
+    """Also between two epochs, when the threads are at the next one already."""
+    loader = BatchLoader(file, 4)
+    batches = loader.forever()
+    for _ in range(3):
+        next(batches)
+    loader.close()
+    assert not threads_of_loaders()
+    with pytest.raises(ConfigurationError, match="the loader is closed"):
+        next(batches)
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 @pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
 def test_forks_go_on_where_they_were(file):
@@ -583,7 +730,7 @@ print(*({{"numba", "dask", "zarr", "torch", "pydicom"}} & sys.modules.keys()))
 
 def test_timings_say_where_the_time_went(file):
     """A record per whole epoch, with one line of advice."""
-    with BatchLoader(file, 2, threads=1) as loader:
+    with BatchLoader(file, 2, threads=1, prefetch=1) as loader:
         for _ in loader:
             time.sleep(0.01)
         next(iter(loader))

@@ -21,6 +21,7 @@ class Numbers:
     count: int
     samples: int = 4
     piece: int = 2
+    is_open: bool = False
     seconds: float = 0.0
     fails_at: int = -1
     error: BaseException = field(default_factory=lambda: ValueError("batch 3 is broken"))
@@ -41,7 +42,9 @@ class Numbers:
 
 def pipeline(job, prefetch=2, threads=2):
     """A running pipeline of small buffers."""
-    return Pipeline(job, lambda: (np.full((job.samples, 3), -1),), prefetch, threads)
+    return Pipeline(
+        job, Ring(lambda: (np.full((job.samples, 3), -1),), prefetch + 2), prefetch, threads
+    )
 
 
 def loader_threads():
@@ -89,7 +92,7 @@ def test_buffers_are_used_again():
     """Who drops batches needs no more buffers than are in flight."""
     made = []
     job = Numbers(200)
-    running = Pipeline(job, lambda: made.append(1) or (np.zeros((4, 3)),), 2, 2)
+    running = Pipeline(job, Ring(lambda: made.append(1) or (np.zeros((4, 3)),), 4), 2, 2)
     for _ in range(200):
         running.take()
     running.close()
@@ -108,6 +111,23 @@ def test_ring_forgets_buffers_that_are_kept():
     ring.take()
 
     assert len(ring._given) <= 2
+
+
+def test_a_batch_is_safe_before_anybody_has_it():
+    """Between leaving the pipeline and reaching the consumer a thread may begin another batch."""
+    given = []
+
+    class Watched(Ring):
+        def give(self, buffers):
+            super().give(buffers)
+            given.append(self.take()[0] is buffers[0])
+
+    running = Pipeline(Numbers(3), Watched(lambda: (np.zeros((4, 3)),), 4), 2, 1)
+    for _ in range(3):
+        running.take()
+    running.close()
+
+    assert given == [False] * 3
 
 
 def test_errors_reach_the_consumer_in_their_turn():

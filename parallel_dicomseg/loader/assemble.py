@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.loader.order import UInt64
-from parallel_dicomseg.loader.readers import Clock, Rows, Scratch
+from parallel_dicomseg.loader.readers import Chunks, Clock, Rows, Scratch
 from parallel_dicomseg.loader.samples import (
     Form,
     MaskCode,
@@ -85,23 +85,82 @@ class Recipe:
         LayoutError
             A slice cannot be read; the message names file and slice.
         """
-        slices = slices_of(self.sample, rows, seeds, self.volumes)
-        mask_slices = slices if isinstance(self.sample, Patch) else rows[:, None]
-        is_direct = self._is_whole and self.maps is None and self.form.is_stored_order
+        if self._is_whole:
+            slices = slices_of(self.sample, rows, seeds, self.volumes)
+            self._fill_images(rows, slices, image, scratch, clock)
+            self._fill_masks(rows, mask, scratch, clock)
+        else:
+            self._fill_augmented(rows, seeds, image, mask, scratch, clock)
+
+    def _fill_images(
+        self,
+        rows: Int64,
+        slices: Int64,
+        image: NDArray[Any],
+        scratch: Scratch,
+        clock: Clock,
+    ) -> None:
+        """Images of whole slices (m, k), at once as the batch wants them if that is possible."""
+        maps = None if self.maps is None else self.maps[rows]
+        own = self.images.dtype == image.dtype and maps is None
+        if self.form.is_stored_order and not own and image.dtype == np.float32:
+            flat = image.reshape(slices.size, -1)
+            each = maps if maps is None else np.repeat(maps, slices.shape[1], axis=0)
+            asked = (slices.reshape(-1), each, flat)
+            if _chunks_did(self.images, "read_mapped", asked, scratch, clock):
+                return
+        is_direct = self.form.is_stored_order and own
         images = self._read(
             self.images, slices, image if is_direct else None, scratch, clock, "image"
         )
-        is_direct = self._is_whole and self.code.is_copy
-        masks = self._read(
-            self.masks, mask_slices, mask if is_direct else None, scratch, clock, "mask"
-        )
         start = time.perf_counter()
-        if self._is_whole:
-            self._convert(rows, images, image)
-        else:
-            masks = self._augment(rows, seeds, slices, images, masks, image, scratch)
+        self._convert(rows, images, image)
+        clock.augment += time.perf_counter() - start
+
+    def _fill_masks(self, rows: Int64, mask: NDArray[Any], scratch: Scratch, clock: Clock) -> None:
+        """Masks of whole slices, at once as the batch wants them if that is possible."""
+        code = self.code
+        told = self.form.mask_channels(mask, code)
+        if not code.is_copy and self._masks_at_once(rows, told, scratch, clock):
+            return
+        out = mask if code.is_copy else None
+        masks = self._read(self.masks, rows[:, None], out, scratch, clock, "mask")
+        start = time.perf_counter()
         if not np.may_share_memory(masks, mask):
-            self.code.write(masks, self.form.mask_channels(mask, self.code))
+            code.write(masks, told)
+        clock.augment += time.perf_counter() - start
+
+    def _masks_at_once(
+        self, rows: Int64, told: NDArray[Any], scratch: Scratch, clock: Clock
+    ) -> bool:
+        """Whether masks could be read into `told`, (s, m, …) for channels and else (m, …)."""
+        if self.code.masks == "channels":
+            # (m, s, count): which of these axes is the last one in memory does not matter
+            planes = np.moveaxis(told.reshape(*told.shape[:2], -1), 0, 1)
+            bits = np.array(self.code.bits, np.int64)
+            return _chunks_did(self.masks, "read_channels", (rows, bits, planes), scratch, clock)
+        if self.code.table is None:
+            return False
+        asked = (rows, self.code.table, told.reshape(len(rows), -1))
+        return _chunks_did(self.masks, "read_recoded", asked, scratch, clock)
+
+    def _fill_augmented(
+        self,
+        rows: Int64,
+        seeds: UInt64,
+        image: NDArray[Any],
+        mask: NDArray[Any],
+        scratch: Scratch,
+        clock: Clock,
+    ) -> None:
+        """Samples that are cut or augmented."""
+        slices = slices_of(self.sample, rows, seeds, self.volumes)
+        mask_slices = slices if isinstance(self.sample, Patch) else rows[:, None]
+        images = self._read(self.images, slices, None, scratch, clock, "image")
+        masks = self._read(self.masks, mask_slices, None, scratch, clock, "mask")
+        start = time.perf_counter()
+        moved = self._augment(rows, seeds, slices, images, masks, image, scratch)
+        self.code.write(moved, self.form.mask_channels(mask, self.code))
         clock.augment += time.perf_counter() - start
 
     def _read(
@@ -174,6 +233,13 @@ class Recipe:
                 by_slice = planes.reshape(form.depth, form.samples, *size)
                 store(by_slice.transpose(0, 2, 3, 1), target[k])
         return moved
+
+
+def _chunks_did(
+    source: Rows, name: str, asked: tuple[Any, ...], scratch: Scratch, clock: Clock
+) -> bool:
+    """Whether the source could read and convert at once; files of others never can."""
+    return isinstance(source, Chunks) and bool(getattr(source, name)(*asked, scratch, clock))
 
 
 def _planes(picture: NDArray[Any]) -> NDArray[Any]:

@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
 import time
 import weakref
 import zlib
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
 from parallel_dicomseg.loader.assemble import Recipe
 from parallel_dicomseg.loader.batch import Batch
 from parallel_dicomseg.loader.opening import Source, open_source
 from parallel_dicomseg.loader.order import UInt64, occurrences, sample_seeds, share
-from parallel_dicomseg.loader.pipeline import Buffers, Pipeline
+from parallel_dicomseg.loader.pipeline import Buffers, Pipeline, Ring
 from parallel_dicomseg.loader.readers import Clock, Scratch, load_kernels
 from parallel_dicomseg.loader.recipe import Look, make_recipe
 from parallel_dicomseg.loader.samplers import (
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
     from parallel_dicomseg.loader.augment import Augmentation
     from parallel_dicomseg.loader.windows import Normalize, Window
     from parallel_dicomseg.store import Dataset
+
+#: Makes an array, any content, from its shape and type.
+Allocate = Callable[[tuple[int, ...], np.dtype[Any]], NDArray[Any]]
 
 _MOST_THREADS = 8
 # A piece is what a thread does at a time: long enough that handing it out costs nothing.
@@ -65,31 +69,74 @@ class _Order:
 
 
 @dataclass(frozen=True, slots=True)
-class _Job:
-    """Some batches of an epoch, for the pipeline."""
+class _Part:
+    """Some batches of an epoch."""
 
-    recipe: Recipe
+    first: int
+    """The number that the pipeline gives to the first one of them."""
     order: _Order
     numbers: range
-    piece: int
+
+    @property
+    def end(self) -> int:
+        """The pipeline's number behind the last one."""
+        return self.first + len(self.numbers)
+
+
+class _Job:
+    """Batches of one epoch, and perhaps of those that follow, for the pipeline."""
+
+    def __init__(self, recipe: Recipe, piece: int, order: _Order, numbers: range) -> None:
+        self._recipe = recipe
+        self._piece = piece
+        # never changed, only replaced: threads look at it without a lock
+        self._parts: tuple[_Part, ...] = (_Part(0, order, numbers),)
+        self.is_open = False
 
     @property
     def count(self) -> int:
-        return len(self.numbers)
+        return self._parts[-1].end
+
+    def follow(self, order: _Order) -> None:
+        """Add the next epoch; of those before only the last one is still needed."""
+        last = self._parts[-1]
+        self._parts = (last, _Part(last.end, order, range(order.batches)))
+
+    def _bounds(self, number: int) -> tuple[_Order, int, int]:
+        """Order of a batch's epoch, and the first place and the end of the batch in it."""
+        part = next(part for part in self._parts if number < part.end)
+        return part.order, *part.order.bounds(part.numbers[number - part.first])
 
     def pieces(self, number: int) -> list[tuple[int, int]]:
-        start, end = self.order.bounds(self.numbers[number])
+        _, start, end = self._bounds(number)
         samples = end - start
-        return [(at, min(at + self.piece, samples)) for at in range(0, samples, self.piece)]
+        return [(at, min(at + self._piece, samples)) for at in range(0, samples, self._piece)]
 
     def fill(
         self, number: int, start: int, end: int, buffers: Buffers, scratch: Scratch, clock: Clock
     ) -> None:
-        first, _ = self.order.bounds(self.numbers[number])
+        order, first, _ = self._bounds(number)
         part = slice(first + start, first + end)
-        rows, seeds = self.order.rows[part], self.order.seeds[part]
         image, mask = (array[start:end] for array in buffers)
-        self.recipe.fill(rows, seeds, image, mask, scratch, clock)
+        self._recipe.fill(order.rows[part], order.seeds[part], image, mask, scratch, clock)
+
+
+@dataclass(frozen=True, slots=True)
+class _Threads:
+    """A pipeline at work, which may go from one epoch to the next."""
+
+    pid: int
+    job: _Job
+    pipeline: Pipeline
+
+    @property
+    def is_here(self) -> bool:
+        """Whether the threads are in this process; a fork has none of its parent's."""
+        return self.pid == os.getpid()
+
+    def close(self) -> None:
+        if self.is_here:
+            self.pipeline.close()
 
 
 class BatchLoader:
@@ -120,15 +167,16 @@ class BatchLoader:
         channels: Channels = "first",
         image_dtype: str | np.dtype[Any] = "float32",
         columns: Sequence[str] = (),
-        prefetch: int = 2,
+        prefetch: int = 4,
         threads: int = 0,
         rank: int = 0,
         world_size: int = 1,
         drop_last: bool = False,
-        verify: bool = False,
+        verify: bool | None = None,
         datasets: tuple[str, str] = ("", ""),
         interpolation: str = "linear",
         outside: str | float = "minimum",
+        allocate: Allocate | None = None,
     ) -> None:
         """Open the file.
 
@@ -174,11 +222,15 @@ class BatchLoader:
         drop_last
             Leave out the last batch where it is smaller; every rank then has as many batches.
         verify
-            Compare every chunk that is read with the checksum in the file's table.
+            Compare every chunk that is read with the checksum in the file's table. None: where
+            there are checksums, in our HDF5 files.
         datasets
             Names of the image and of the mask dataset, in a file of others.
         interpolation, outside
             Of augmented images, see `augment.compile_plan`.
+        allocate
+            Makes an array of a shape and type, any content, for the batches' buffers; None:
+            `numpy.empty`. `adapters.pytorch.pinned` makes memory that a graphics card reads itself.
 
         Raises
         ------
@@ -197,6 +249,7 @@ class BatchLoader:
         self.batch_size = batch_size
         self.seed = seed
         self._prefetch = prefetch
+        self._allocate: Allocate = np.empty if allocate is None else allocate
         self._threads = threads or min(_MOST_THREADS, usable_cores())
         self._rank, self._world_size, self._drop_last = rank, world_size, drop_last
         self._source = open_source(self.path, *datasets, verify=verify)
@@ -210,13 +263,14 @@ class BatchLoader:
             self._columns = {name: self._source.column(name) for name in columns}
             self._recipe = make_recipe(self._source, look)
             self._sampler = self._bind(sampler or (Uniform() if shuffle else Sequential()))
-            self._most = _piece_size(batch_size, self._threads, self._recipe)
+            self._most = _piece_size(batch_size, prefetch, self._threads, self._recipe)
         except BaseException:
             self._source.close()
             raise
         self._position = (0, 0)
         self._is_resumed = False
-        self._known_order: _Order | None = None
+        self._known_orders: dict[int, _Order] = {}
+        self._ring_of: tuple[int, Ring] = (-1, Ring(tuple, 0))
         self._running: weakref.WeakSet[EpochIterator] = weakref.WeakSet()
         self._served = 0
         self._is_closed = False
@@ -277,13 +331,18 @@ class BatchLoader:
 
     def __iter__(self) -> EpochIterator:
         """The batches of an epoch: the next one, or what is left of the one that was resumed."""
+        epoch, start = self._next_position()
+        order = self._order_of(epoch)
+        return self._run(order, range(start, order.batches), is_own=True)
+
+    def _next_position(self) -> tuple[int, int]:
+        """Epoch and first batch of the pass that begins now."""
         epoch, start = self._position
         if start and not self._is_resumed:
             epoch, start = epoch + 1, 0
         self._is_resumed = False
         self._position = (epoch, start)
-        order = self._order_of(epoch)
-        return self._run(order, range(start, order.batches), is_own=True)
+        return self._position
 
     def batches(self, start: int = 0, step: int = 1) -> EpochIterator:
         """Every `step`-th batch of `epoch`, from a number on; what comes next stays as it is.
@@ -296,19 +355,33 @@ class BatchLoader:
     def forever(self) -> Iterator[Batch]:
         """Batches of one epoch after another, without an end.
 
+        While the last batches of an epoch are used, the first ones of the next are made: its order
+        is asked for a few batches ahead.
+
         Raises
         ------
         ConfigurationError
             An epoch has no batch.
         """
-        while True:
-            batches = iter(self)
-            if not len(self):
-                raise ConfigurationError(f"{self.path}: an epoch has no batch")
-            try:
+        threads: _Threads | None = None
+        batches: EpochIterator | None = None
+        try:
+            while True:
+                epoch, start = self._next_position()
+                if batches is not None:
+                    threads = batches.hand_over(epoch, start)
+                order = self._order_of(epoch)
+                if not order.batches:
+                    raise ConfigurationError(f"{self.path}: an epoch has no batch")
+                numbers = range(start, order.batches)
+                batches = self._run(order, numbers, is_own=True, leads_on=True, threads=threads)
+                threads = None
                 yield from batches
-            finally:
+        finally:
+            if batches is not None:
                 batches.close()
+            if threads is not None:
+                threads.close()
 
     def read(self, rows: Sequence[int] | Int64, epoch: int | None = None) -> Batch:
         """Some samples as a batch, read here and now.
@@ -320,7 +393,7 @@ class BatchLoader:
         epoch
             In which they are augmented; None: `self.epoch`.
         """
-        index = np.asarray(rows, np.int64)
+        index = np.array(rows, np.int64)
         if index.ndim != 1 or ((index < 0) | (index >= len(self._source))).any():
             raise ConfigurationError(f"rows go from 0 to {len(self._source) - 1}")
         self._prepare()
@@ -330,13 +403,21 @@ class BatchLoader:
         buffers, scratch, clock = self._buffers(len(index)), Scratch(), Clock()
         for start in range(0, len(index), self._most):
             end = min(start + self._most, len(index))
-            job = _Job(self._recipe, order, range(1), self._most)
+            job = _Job(self._recipe, self._most, order, range(1))
             job.fill(0, start, end, buffers, scratch, clock)
         return self._batch(order, 0, buffers)
 
-    def _run(self, order: _Order, numbers: range, *, is_own: bool) -> EpochIterator:
+    def _run(
+        self,
+        order: _Order,
+        numbers: range,
+        *,
+        is_own: bool,
+        leads_on: bool = False,
+        threads: _Threads | None = None,
+    ) -> EpochIterator:
         self._prepare()
-        running = EpochIterator(self, order, numbers, is_own)
+        running = EpochIterator(self, order, numbers, is_own, leads_on, threads)
         self._running.add(running)
         return running
 
@@ -347,18 +428,32 @@ class BatchLoader:
         if not self._recipe.plan.is_empty or self._served >= _SAMPLES_UNTIL_KERNELS:
             load_kernels()
 
+    def _ring(self) -> Ring:
+        """The buffers of this process, kept from one epoch to the next; a fork makes its own."""
+        pid, ring = self._ring_of
+        if pid != os.getpid():
+            make = partial(_make_buffers, self._allocate, *self._shapes(self.batch_size))
+            ring = Ring(make, self._prefetch + 2)
+            self._ring_of = (os.getpid(), ring)
+        return ring
+
+    def _shapes(self, samples: int) -> tuple[tuple[tuple[int, ...], np.dtype[Any]], ...]:
+        """Shape and type of the images and of the masks of a batch."""
+        return (
+            ((samples, *self.image_shape), self.image_dtype),
+            ((samples, *self.mask_shape), self.mask_dtype),
+        )
+
     def _buffers(self, samples: int) -> Buffers:
         """Room for the images and the masks of a batch."""
-        return (
-            np.empty((samples, *self.image_shape), self.image_dtype),
-            np.empty((samples, *self.mask_shape), self.mask_dtype),
-        )
+        return _make_buffers(self._allocate, *self._shapes(samples))
 
     def _batch(self, order: _Order, number: int, buffers: Buffers) -> Batch:
         start, end = order.bounds(number)
         rows = order.rows[start:end].copy()
         columns = {name: values[rows] for name, values in self._columns.items()}
-        image, mask = (array[: end - start] for array in buffers)
+        whole = end - start == order.batch_size
+        image, mask = buffers if whole else (array[: end - start] for array in buffers)
         return Batch(image, mask, rows, order.epoch, columns)
 
     def _note(self, order: _Order, number: int, samples: int, is_own: bool) -> None:
@@ -371,8 +466,7 @@ class BatchLoader:
     # --- order -----------------------------------------------------------------------------------
 
     def _order_of(self, epoch: int) -> _Order:
-        known = self._known_order
-        if known is None or known.epoch != epoch:
+        if epoch not in self._known_orders:
             whole = np.asarray(self._sampler.order(epoch), np.int64)
             self._check_order(whole)
             seeds = sample_seeds(self.seed, epoch, whole, occurrences(whole))
@@ -381,9 +475,12 @@ class BatchLoader:
             if self._drop_last:
                 batches = len(whole) // self._world_size // self.batch_size
             seeds = seeds[self._rank :: self._world_size]
-            known = _Order(epoch, rows, seeds, self.batch_size, batches)
-            self._known_order = known
-        return known
+            order = _Order(epoch, np.ascontiguousarray(rows), seeds, self.batch_size, batches)
+            # this one and the one before: an epoch is begun while the last one still runs
+            while len(self._known_orders) > 1:
+                self._known_orders.pop(next(iter(self._known_orders)))
+            self._known_orders[epoch] = order
+        return self._known_orders[epoch]
 
     def _check_order(self, order: Int64) -> None:
         if order.ndim != 1 or ((order < 0) | (order >= len(self._source))).any():
@@ -473,16 +570,39 @@ def _rebuilt(arguments: dict[str, Any], position: tuple[int, int], resumed: bool
     return loader
 
 
+def _make_buffers(allocate: Allocate, *shapes: tuple[tuple[int, ...], np.dtype[Any]]) -> Buffers:
+    buffers = tuple(allocate(shape, dtype) for shape, dtype in shapes)
+    for array, (shape, dtype) in zip(buffers, shapes, strict=True):
+        if (array.shape, array.dtype, array.flags.c_contiguous) != (shape, dtype, True):
+            raise ConfigurationError(
+                f"allocate made {array.shape} {array.dtype}, expected contiguous {shape} {dtype}"
+            )
+        # a view that refers past the buffer would not tell that the buffer is in use
+        if array[...].base is not array:
+            raise ConfigurationError("allocate must not give a view of a NumPy array")
+    return buffers
+
+
 class EpochIterator:
     """The batches of one pass; close it, drop it or use it up, then its threads end."""
 
-    def __init__(self, loader: BatchLoader, order: _Order, numbers: range, is_own: bool) -> None:
+    def __init__(
+        self,
+        loader: BatchLoader,
+        order: _Order,
+        numbers: range,
+        is_own: bool,
+        leads_on: bool = False,
+        threads: _Threads | None = None,
+    ) -> None:
         self._loader = loader
         self._order = order
         self._numbers = numbers
         self._is_own = is_own
-        self._pid = os.getpid()
-        self._pipeline: Pipeline | None = None
+        self._leads_on = leads_on
+        self._threads = threads
+        self._before = replace(threads.pipeline.clock) if threads else Clock()
+        self._next_epoch = -1
         self._done = 0
         self._samples = 0
         self._started = 0.0
@@ -498,10 +618,11 @@ class EpochIterator:
 
     def __next__(self) -> Batch:
         if self._is_closed or self._done >= len(self._numbers):
-            self.close()
+            if self._next_epoch < 0:
+                self.close()
             raise StopIteration
         try:
-            buffers, waited = self._running_pipeline().take()
+            buffers, waited = self._running().pipeline.take()
         except BaseException:
             self.close()
             raise
@@ -511,50 +632,80 @@ class EpochIterator:
         self._done += 1
         self._samples += len(batch.index)
         self._loader._note(self._order, number, len(batch.index), self._is_own)
+        if self._leads_on and len(self) <= self._loader._prefetch:
+            self._lead_on()
         if self._done == len(self._numbers):
             self._end()
         return batch
 
-    def _running_pipeline(self) -> Pipeline:
+    def _running(self) -> _Threads:
         """The threads of this process; a fork has none of its parent's and starts its own."""
-        if self._pipeline is None or self._pid != os.getpid():
-            self._pid = os.getpid()
+        if self._threads is None or not self._threads.is_here:
             self._started = self._started or time.perf_counter()
             loader = self._loader
-            job = _Job(loader._recipe, self._order, self._numbers[self._done :], loader._most)
-            self._pipeline = Pipeline(
-                job, lambda: loader._buffers(loader.batch_size), loader._prefetch, loader._threads
-            )
-        return self._pipeline
+            job = _Job(loader._recipe, loader._most, self._order, self._numbers[self._done :])
+            job.is_open = self._leads_on
+            pipeline = Pipeline(job, loader._ring(), loader._prefetch, loader._threads)
+            self._threads, self._before = _Threads(os.getpid(), job, pipeline), Clock()
+            self._next_epoch = -1
+        self._started = self._started or time.perf_counter()
+        return self._threads
+
+    def _lead_on(self) -> None:
+        """Let the threads go on with the next epoch, once."""
+        if self._threads is None or self._next_epoch >= 0:
+            return
+        try:
+            order = self._loader._order_of(self._order.epoch + 1)
+        except Exception:  # noqa: BLE001  it will be raised when that epoch begins
+            self._leads_on = False
+            return
+        if order.batches:
+            self._next_epoch = order.epoch
+            self._threads.job.follow(order)
+            self._threads.pipeline.grown()
+
+    def hand_over(self, epoch: int, start: int) -> _Threads | None:
+        """The threads, if they are at this epoch already; else they end."""
+        threads = self._threads
+        if threads is None or self._is_closed or not threads.is_here:
+            return None
+        if (self._next_epoch, 0) != (epoch, start) or len(self):
+            self.close()
+            return None
+        self._threads = None
+        self.close()
+        return threads
 
     @property
     def timings(self) -> Timings:
         """Where the time went so far."""
-        clock = self._pipeline.clock if self._pipeline else Clock()
+        clock = self._threads.pipeline.clock if self._threads else Clock()
         return Timings(
             epoch=self._order.epoch,
             batches=self._done,
             samples=self._samples,
             threads=self._loader._threads,
             seconds=time.perf_counter() - self._started if self._started else 0.0,
-            read=clock.read,
-            decode=clock.decode,
-            augment=clock.augment,
-            blocked=clock.blocked,
+            read=clock.read - self._before.read,
+            decode=clock.decode - self._before.decode,
+            augment=clock.augment - self._before.augment,
+            blocked=clock.blocked - self._before.blocked,
             waited=self._waited,
         )
 
     def _end(self) -> None:
-        """All batches are given: note the times, and let the threads go."""
+        """All batches are given: note the times, and let the threads go, or go on."""
         if self._is_own:
             self._loader.timings.append(self.timings)
-        self.close()
+        if self._next_epoch < 0:
+            self.close()
 
     def close(self) -> None:
         """End the threads of this pass; a second call does nothing."""
         self._is_closed = True
-        if self._pipeline is not None and self._pid == os.getpid():
-            self._pipeline.close()
+        if self._threads is not None:
+            self._threads.close()
         self._loader._running.discard(self)
 
 
@@ -570,10 +721,14 @@ def _check_numbers(
         raise ConfigurationError(f"rank is {rank}, with world_size {world_size} it is below that")
 
 
-def _piece_size(batch_size: int, threads: int, recipe: Recipe) -> int:
-    """Samples that a thread makes at a time."""
+def _piece_size(batch_size: int, prefetch: int, threads: int, recipe: Recipe) -> int:
+    """Samples that a thread makes at a time.
+
+    So many that the batches made ahead give every thread a piece to do and another one to go on
+    with: the larger the pieces, the less the threads wait for each other.
+    """
     most = max(1, _MOST_PER_PIECE // recipe.form.depth)
-    return min(most, math.ceil(batch_size / threads))
+    return max(1, min(most, batch_size, batch_size * prefetch // (2 * threads)))
 
 
 def rows_of_split(source: Source, split: str) -> Int64:

@@ -65,7 +65,9 @@ class Source:
         return int(math.prod(self.images.shape[3:]))
 
 
-def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool = False) -> Source:
+def open_source(
+    path: Path, images: str = "", masks: str = "", *, verify: bool | None = None
+) -> Source:
     """Open a file or a mirror for reading batches.
 
     Parameters
@@ -75,7 +77,7 @@ def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool =
     images, masks
         Names of two datasets, where it is a file of others and they are not named as in `PAIRS`.
     verify
-        Compare the checksum of every chunk that is read.
+        Compare the checksum of every chunk that is read; None: where the file has them.
 
     Raises
     ------
@@ -104,7 +106,7 @@ def open_source(path: Path, images: str = "", masks: str = "", *, verify: bool =
     return _open_pair(path, *pair)
 
 
-def _open_own(path: Path, file: Any, verify: bool) -> Source:
+def _open_own(path: Path, file: Any, verify: bool | None) -> Source:
     """One of our files; every chunk's place is taken now, and h5py is not needed any more."""
     from parallel_dicomseg.foreign import check_attributes, dataset_of, group_of
 
@@ -130,7 +132,9 @@ def _open_own(path: Path, file: Any, verify: bool) -> Source:
     return Source(path, images, masks, structures, nested, columns, column, files.close)
 
 
-def _own_array(path: Path, file: Any, name: str, codec: str, files: Files, verify: bool) -> Chunks:
+def _own_array(
+    path: Path, file: Any, name: str, codec: str, files: Files, verify: bool | None
+) -> Chunks:
     """One array of our file, and the checksums of its chunks where they are to be verified."""
     from parallel_dicomseg.foreign import dataset_of
 
@@ -139,7 +143,10 @@ def _own_array(path: Path, file: Any, name: str, codec: str, files: Files, verif
         raise LayoutError(f"{path}: /{name} is not one chunk per slice")
     offsets, sizes = _chunk_index(dataset)
     column = f"table/{name.removesuffix('s')}_crc32c"
-    known = dataset_of(file, column)[()] if verify else None
+    if verify and column not in file:
+        raise ConfigurationError(f"{path} holds no checksums to verify")
+    is_verified = verify is not False and column in file
+    known = dataset_of(file, column)[()] if is_verified else None
     return Chunks(
         f"/{name}", dataset.shape, dataset.dtype, codec, files, offsets, sizes, crc32c=known
     )
@@ -192,7 +199,7 @@ def _text(value: Any) -> str:
 # --- the mirror ----------------------------------------------------------------------------------
 
 
-def _open_mirror(path: Path, verify: bool) -> Source:
+def _open_mirror(path: Path, verify: bool | None) -> Source:
     """A zarr mirror: where the chunks lie is said at the end of each shard."""
     if verify:
         raise ConfigurationError(

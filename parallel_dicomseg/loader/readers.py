@@ -2,21 +2,25 @@
 
 The first two know where each chunk lies before the first batch and need no library on the way:
 `pread`, and a decoder that releases the GIL. There are two ways with the same result. One needs
-numba: two calls for a whole piece of a batch. The other one calls the compressors' packages once
-per chunk; it is slower, but the first batch of a fresh process need not wait for numba.
+numba: one call for all slices of a piece of a batch, from the file to the batch. The other one
+calls the compressors' packages once per chunk; it is slower, but the first batch of a fresh process
+need not wait for numba, and it can say what is wrong with a chunk.
 """
 
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,9 +29,11 @@ from numpy.typing import NDArray
 
 from parallel_dicomseg.chunks import decode
 from parallel_dicomseg.errors import ConfigurationError, LayoutError
-from parallel_dicomseg.records import Int64, UInt8
+from parallel_dicomseg.records import Float64, Int64, UInt8
 
+_KERNELS = "parallel_dicomseg.loader.kernels_read"
 _Fingerprint = tuple[int, int, int, int]
+_DOUBLE = np.dtype(np.float64)
 # More than any encoder makes of a chunk that it cannot shrink; a damaged index may claim anything.
 _WORST_GROWTH = 1.25
 _OVERHEAD_BYTES = 4096
@@ -44,16 +50,31 @@ class Clock:
     blocked: float = 0.0
     """Waiting for the consumer to take a batch."""
 
+    def add(self, other: Clock) -> None:
+        """Take over the seconds of another clock, which begins anew."""
+        self.read += other.read
+        self.decode += other.decode
+        self.augment += other.augment
+        self.blocked += other.blocked
+        other.read = other.decode = other.augment = other.blocked = 0.0
+
 
 @dataclass(slots=True)
 class Scratch:
     """Memory of one thread that is used again for every piece."""
 
     held: dict[str, UInt8] = field(default_factory=dict)
+    made: dict[str, Any] = field(default_factory=dict)
+
+    def once(self, name: str, make: Callable[[], Any]) -> Any:
+        """What was made under this name before, or is made now."""
+        if name not in self.made:
+            self.made[name] = make()
+        return self.made[name]
 
     def array(self, name: str, shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
         """An array with any content, valid until the same name is asked for again."""
-        size = int(np.prod(shape)) * dtype.itemsize
+        size = math.prod(shape) * dtype.itemsize
         if name not in self.held or self.held[name].size < size:
             self.held[name] = np.empty(size, np.uint8)
         return self.held[name][:size].view(dtype).reshape(shape)
@@ -74,6 +95,16 @@ class Files:
                 self._kept = os.open(self.paths[0], os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
             self._close = weakref.finalize(self, os.close, self._kept)
         self._known = [_fingerprint(self._kept if self._kept >= 0 else path) for path in self.paths]
+
+    @property
+    def kept(self) -> int:
+        """The descriptor of the only file; -1 where there are several, or it is closed."""
+        return self._kept if self._kept >= 0 and self._close.alive else -1
+
+    @property
+    def kept_is_same(self) -> bool:
+        """Whether the only file is as it was when it was opened."""
+        return _fingerprint(self._kept) == self._known[0]
 
     @contextmanager
     def opened(self, numbers: Int64, what: str) -> Iterator[Int64]:
@@ -131,10 +162,15 @@ class Chunks:
     crc32c: NDArray[np.uint32] | None = None
     """(n,) what the checksums of the encoded bytes must be; None: not looked at."""
 
-    @property
+    @cached_property
+    def slice_items(self) -> int:
+        """Numbers in a slice."""
+        return math.prod(self.shape[1:])
+
+    @cached_property
     def slice_bytes(self) -> int:
         """Bytes of a decoded slice."""
-        return int(np.prod(self.shape[1:])) * self.dtype.itemsize
+        return self.slice_items * self.dtype.itemsize
 
     def where(self, row: int) -> str:
         """File and slice, for messages."""
@@ -159,6 +195,114 @@ class Chunks:
             A chunk is missing, cut short, no chunk of this codec, or has another checksum than
             it should; or the file has changed. The message names file and slice.
         """
+        raw = out.reshape(len(rows), -1).view(np.uint8)
+        if not self._by_kernel("read_stored", rows, (raw,), scratch, clock):
+            self._read_plainly(rows, out, scratch, clock)
+
+    def read_mapped(
+        self,
+        rows: Int64,
+        maps: Float64 | None,
+        out: NDArray[np.float32],
+        scratch: Scratch,
+        clock: Clock,
+    ) -> bool:
+        """Decode slices as float32, mapped as by `windows.map_into`, where kernels can.
+
+        Parameters
+        ----------
+        rows, scratch, clock
+            See `read`.
+        maps
+            (m, 4); None: values stay as they are.
+        out
+            (m, count) C-contiguous, filled.
+
+        Returns
+        -------
+        Whether it was done; else `read` does it, or says why it cannot.
+        """
+        chosen = np.empty((0, 4)) if maps is None else maps
+        stored = scratch.array("stored", (self.slice_items,), self.dtype)
+        return self._by_kernel("read_mapped", rows, (stored, chosen, out), scratch, clock)
+
+    def read_channels(
+        self, rows: Int64, bits: Int64, out: UInt8, scratch: Scratch, clock: Clock
+    ) -> bool:
+        """Decode masks with a plane of 0 and 1 for each bit, `out` (m, s, count), where kernels
+        can; as `read_mapped`.
+        """
+        stored = scratch.array("stored", (self.slice_items,), self.dtype)
+        return self._by_kernel("read_channels", rows, (stored, bits, out), scratch, clock)
+
+    def read_recoded(
+        self, rows: Int64, table: NDArray[Any], out: NDArray[Any], scratch: Scratch, clock: Clock
+    ) -> bool:
+        """Decode masks of one byte and replace each value by the table's (256,), where kernels
+        can; as `read_mapped`.
+        """
+        stored = scratch.array("stored", (self.slice_items,), self.dtype)
+        return self._by_kernel("read_recoded", rows, (stored, table, out), scratch, clock)
+
+    def _by_kernel(
+        self, name: str, rows: Int64, others: tuple[Any, ...], scratch: Scratch, clock: Clock
+    ) -> bool:
+        """Call a kernel of `kernels_read`; False if there is none, or it stopped at a slice."""
+        kernels = _kernels()
+        if kernels is None or not self._has_kernels:
+            return False
+        room = scratch.once(self.name, lambda: self._room(kernels))
+        seconds = scratch.array("seconds", (3,), _DOUBLE)
+        seconds[:] = 0
+        call = getattr(kernels, name)
+        if self.files.kept >= 0:
+            done = call(self._kept, rows, self._place, room, *others, seconds)
+            if not self.files.kept_is_same:
+                return False
+        else:
+            numbers = rows * 0 if self.file is None else self.file[rows]
+            with self.files.opened(numbers, self.where(int(rows[0]))) as descriptors:
+                done = call(descriptors, rows, self._place, room, *others, seconds)
+        read, decode, convert = seconds.tolist()
+        clock.read += read
+        clock.decode += decode
+        clock.augment += convert
+        return bool(done == len(rows))
+
+    @cached_property
+    def _has_kernels(self) -> bool:
+        from parallel_dicomseg.loader.kernels_read import has_kernels
+
+        return has_kernels(self.codec, self.dtype.itemsize, verify=self.crc32c is not None)
+
+    @cached_property
+    def _kept(self) -> Int64:
+        """The only file's descriptor, for kernels."""
+        return np.array([self.files.kept])
+
+    def _room(self, kernels: Any) -> Any:
+        """Memory of a thread, for kernels."""
+        return kernels.Room(
+            np.empty(self._most_bytes, np.uint8), np.empty(self.slice_bytes, np.uint8)
+        )
+
+    @cached_property
+    def _place(self) -> Any:
+        """Where the chunks lie, for kernels."""
+        from parallel_dicomseg.compressors import way_of
+        from parallel_dicomseg.loader.kernels_read import Place
+
+        checks = np.empty(0, np.uint32) if self.crc32c is None else self.crc32c
+        itemsize = self.dtype.itemsize
+        return Place(self.offsets, self.sizes, checks, way_of(self.codec, itemsize), itemsize)
+
+    @cached_property
+    def _most_bytes(self) -> int:
+        """Of a chunk: no more than the longest there is, and than what could be one."""
+        longest = int(self.sizes.max(initial=1))
+        return min(longest, int(self.slice_bytes * _WORST_GROWTH) + _OVERHEAD_BYTES)
+
+    def _read_plainly(self, rows: Int64, out: NDArray[Any], scratch: Scratch, clock: Clock) -> None:
         start = time.perf_counter()
         sizes = self._sizes(rows)
         ends = np.cumsum(sizes)
@@ -192,12 +336,8 @@ class Chunks:
         self, rows: Int64, descriptors: Int64, sizes: Int64, starts: Int64, encoded: UInt8
     ) -> None:
         offsets = self.offsets[rows]
-        kernels = _kernels(self.codec)
-        first = 0
-        if kernels is not None:
-            first = int(kernels.read_rows(descriptors, offsets, sizes, starts, encoded))
         room = encoded.data
-        for i in range(first, len(rows)):
+        for i in range(len(rows)):
             at, size = int(starts[i]), int(sizes[i])
             try:
                 held = _read_fully(int(descriptors[i]), room[at : at + size], int(offsets[i]))
@@ -217,11 +357,9 @@ class Chunks:
         sizes: Int64,
         starts: Int64,
     ) -> None:
-        import google_crc32c
-
         places = zip(rows.tolist(), known.tolist(), starts.tolist(), sizes.tolist(), strict=True)
         for row, expected, at, size in places:
-            found = google_crc32c.value(encoded[at : at + size].tobytes())
+            found = _checksum(encoded[at : at + size])
             if found != expected:
                 raise LayoutError(
                     f"{self.where(row)}: checksum {found:#010x} differs from the table's "
@@ -231,12 +369,7 @@ class Chunks:
     def _decode(
         self, rows: Int64, encoded: UInt8, sizes: Int64, starts: Int64, flat: NDArray[Any]
     ) -> None:
-        kernels = _kernels(self.codec)
-        first = 0
-        if kernels is not None:
-            first = kernels.decode_rows(encoded, starts, sizes, self.codec, flat)
-        # without kernels all of them; with kernels only what they refused, to learn why
-        for i in range(first, len(rows)):
+        for i in range(len(rows)):
             chunk = encoded[starts[i] : starts[i] + sizes[i]]
             try:
                 decode(chunk, self.codec, flat[i])
@@ -244,18 +377,23 @@ class Chunks:
                 raise LayoutError(f"{self.where(int(rows[i]))}: {error}") from error
 
 
-def _kernels(codec: str) -> Any:
-    """The module of kernels, where numba is loaded already and they can decode this codec."""
-    if "parallel_dicomseg.codec" not in sys.modules and "numba" not in sys.modules:
-        return None
-    from parallel_dicomseg import codec as module
-
-    return module if module.can_decode_rows(codec) else None
+def _kernels() -> Any:
+    """The module of kernels, where numba is loaded already."""
+    module = sys.modules.get(_KERNELS)
+    return import_module(_KERNELS) if module is None and "numba" in sys.modules else module
 
 
 def load_kernels() -> None:
     """Load numba, so that whoever reads from now on does it the fast way."""
-    import parallel_dicomseg.codec  # noqa: F401
+    import_module(_KERNELS)
+
+
+def _checksum(chunk: UInt8) -> int:
+    """CRC-32C, without a copy."""
+    import google_crc32c
+
+    chunk.flags.writeable = False  # it refuses to read what could change
+    return int(google_crc32c.value(chunk))
 
 
 def _read_fully(descriptor: int, room: memoryview, offset: int) -> int:
@@ -351,14 +489,22 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def warm_up() -> None:
-    """Load, or compile, the kernels that read and decode int16 images and uint8 masks."""
-    from parallel_dicomseg.codec import can_decode_rows, decode_rows, encode, read_rows
+    """Load, or compile, the kernels that read int16 images and uint8 masks."""
+    from parallel_dicomseg.compressors import way_of
+    from parallel_dicomseg.loader import kernels_read as kernels
+    from parallel_dicomseg.posix import AVAILABLE
 
-    one = np.zeros(1, np.int64)
-    with open(os.devnull, "rb") as file:  # noqa: PTH123  a descriptor of nothing
-        read_rows(one + file.fileno(), one, one, one, np.empty(0, np.uint8))
-    for codec in ("deflate", "lz4"):
-        for dtype in (np.int16, np.uint8):
-            encoded, sizes = encode(np.zeros((1, 8, 8), dtype), codec)
-            if can_decode_rows(codec):
-                decode_rows(encoded, one, sizes, codec, np.empty((1, 64), dtype))
+    if not AVAILABLE:
+        return
+    none, rows = np.zeros(1, np.int64), np.empty(0, np.int64)
+    byte, short = np.empty(1, np.uint8), np.empty(1, np.int16)
+    place = kernels.Place(none, none, np.empty(0, np.uint32), way_of("none", 1), 1)
+    seconds = np.zeros(3)
+
+    def call(kernel: Any, *others: Any) -> None:
+        kernel(none, rows, place, kernels.Room(byte, byte), *others, seconds)
+
+    call(kernels.read_stored, byte[None])
+    call(kernels.read_mapped, short, np.empty((0, 4)), np.empty((0, 1), np.float32))
+    call(kernels.read_channels, byte, rows, byte[None, None])
+    call(kernels.read_recoded, byte, byte, byte[None])

@@ -49,7 +49,10 @@ class Timings:
         if most == self.decode:
             return f"raw codec: {share}, mostly for decoding; convert with --codec lz4 or none"
         if most == self.augment:
-            return f"less augmentation: {share}, mostly for augmenting and converting"
+            return (
+                f"less augmentation: {share}, mostly for augmenting and converting "
+                f"(image_dtype='stored' and masks='bits' convert nothing)"
+            )
         return f"faster disk: {share}, mostly for reading"
 
 

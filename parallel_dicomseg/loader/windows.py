@@ -8,8 +8,9 @@ every slice.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,8 @@ SCOPES = ("slice", "volume", "file")
 
 # Slices, evenly spread, that percentiles of a file and of a volume are measured on.
 _FILE_SLICES, _VOLUME_SLICES = 256, 32
+# Values of so many bytes are counted, each by itself.
+_COUNTED_BYTES = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -274,6 +277,31 @@ def _limits(
     order = np.argsort(group, kind="stable")
     for k, rows in enumerate(np.split(order, np.cumsum(np.bincount(group))[:-1])):
         spread = np.linspace(0, len(rows) - 1, min(most, len(rows))).round().astype(np.int64)
-        values = np.concatenate([read(row).reshape(-1) for row in rows[spread].tolist()])
-        low[k], high[k] = np.percentile(values, [normalize.low, normalize.high])
+        slices = (read(row).reshape(-1) for row in rows[spread].tolist())
+        low[k], high[k] = percentiles(slices, (normalize.low, normalize.high))
     return low[group], high[group]
+
+
+def percentiles(arrays: Iterable[NDArray[Any]], wanted: Sequence[float]) -> Float64:
+    """Percentiles of all values of some arrays of one type, as `numpy.percentile` gives them.
+
+    Integers of at most 16 bits are counted, not sorted, and not held all at once.
+    """
+    arrays = iter(arrays)
+    one = next(arrays)
+    if one.dtype.kind not in "iu" or one.dtype.itemsize > _COUNTED_BYTES:
+        found: Float64 = np.percentile(np.concatenate([one, *arrays]).astype(np.float64), wanted)
+        return found
+    lowest = int(np.iinfo(one.dtype).min)
+    counts = np.zeros(1 << (8 * one.dtype.itemsize), np.int64)
+    for values in chain([one], arrays):
+        counts += np.bincount(values.astype(np.int64) - lowest, minlength=len(counts))
+    upto = np.cumsum(counts)
+    place = np.asarray(wanted) / 100 * (upto[-1] - 1)
+    # the values at the two places of a sorted array that each percentile lies between
+    before, after = (
+        np.searchsorted(upto, rounded.astype(np.int64), side="right") + float(lowest)
+        for rounded in (np.floor(place), np.ceil(place))
+    )
+    between: Float64 = before + (after - before) * (place - np.floor(place))
+    return between

@@ -20,9 +20,9 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from parallel_dicomseg.codec import checksums_of_file, read_rows
+from parallel_dicomseg.codec import checksums_of_file
 from parallel_dicomseg.records import EncodedChunk, Int64, Layout, UInt8
-from parallel_dicomseg.store.disk import Disk, write_fully
+from parallel_dicomseg.store.disk import Disk, read_fully, write_fully
 from parallel_dicomseg.store.hdf5 import create
 from parallel_dicomseg.store.journal import (
     Journal,
@@ -378,14 +378,13 @@ def read_chunks(descriptor: int, records: Records) -> tuple[UInt8, UInt8]:
     """
     flat = []
     for array in (0, 1):
-        offsets = np.ascontiguousarray(records["offset"][:, array])
-        sizes = np.ascontiguousarray(records["size"][:, array])
-        ends = np.cumsum(sizes)
-        out = np.empty(int(ends[-1]) if len(ends) else 0, np.uint8)
-        descriptors = np.full(len(sizes), descriptor, np.int64)
-        if read_rows(descriptors, offsets, sizes, ends - sizes, out) != len(sizes):
+        places = zip(
+            records["size"][:, array].tolist(), records["offset"][:, array].tolist(), strict=True
+        )
+        pieces = [read_fully(descriptor, size, offset) for size, offset in places]
+        flat.append(np.frombuffer(b"".join(pieces), np.uint8))
+        if len(flat[array]) != records["size"][:, array].sum():
             raise OSError("a finished chunk cannot be read again")
-        flat.append(out)
     return flat[0], flat[1]
 
 

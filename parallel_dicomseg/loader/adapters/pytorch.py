@@ -47,6 +47,21 @@ def _tensor(values: NDArray[Any]) -> Any:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
 
 
+def pinned(shape: tuple[int, ...], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Memory that a graphics card reads itself, for `BatchLoader(…, allocate=pinned)`.
+
+    The loader's threads then fill what `DevicePrefetcher` copies from, and nothing is copied in
+    between. Ordinary memory where there is no CUDA device, and of types that PyTorch lacks.
+    """
+    if dtype.kind == "u" and dtype.itemsize > 1:  # `tensors` makes others of them
+        return np.empty(shape, dtype)
+    like = torch.from_numpy(np.empty(0, dtype)).dtype
+    made: NDArray[Any] = torch.empty(
+        shape, dtype=like, pin_memory=torch.cuda.is_available()
+    ).numpy()
+    return made
+
+
 class BatchStream(IterableDataset):
     """One epoch after another of ready batches, for `DataLoader(stream, batch_size=None)`.
 
@@ -123,8 +138,9 @@ class SampleDataset(Dataset):
 class DevicePrefetcher:
     """Batches on a device, copied while the step before them still runs.
 
-    Iterate over it as often as there are epochs. On a CUDA device, a batch goes through pinned
-    memory that is used again, on a stream of its own; elsewhere it is only moved.
+    Iterate over it as often as there are epochs. To a CUDA device, a batch is copied on a stream of
+    its own: from where it is, if the loader allocates `pinned` memory, else through pinned memory
+    that is used again. Elsewhere it is only moved.
     """
 
     def __init__(
@@ -188,11 +204,14 @@ class _PinnedSlot:
     def __init__(self) -> None:
         self.copied: torch.cuda.Event = torch.cuda.Event()
         self._pinned: dict[str, torch.Tensor] = {}
+        self._source: Tensors = {}
 
     def copy(self, batch: Tensors, device: torch.device, stream: torch.cuda.Stream) -> Tensors:
         """Begin to copy a batch to the device."""
         self.copied.synchronize()
         self.copied = torch.cuda.Event()
+        # as long as somebody has the batch, the loader does not write into its memory
+        self._source = batch
         on_device: Tensors = {}
         with torch.cuda.stream(stream):
             for name, values in batch.items():
