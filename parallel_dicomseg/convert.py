@@ -248,11 +248,16 @@ def convert_cohort(
     Raises
     ------
     ConfigurationError
-        An option has no meaning, or the output exists and `overwrite` is off.
+        An option has no meaning, the output exists or a run was left unfinished and no option says
+        what becomes of it, or the disk will not hold the output.
     LayoutError
         There is nothing to convert.
     ConversionError
-        No slice could be converted, one was rejected under `strict`, or the workers were lost.
+        No slice could be converted, or one was rejected under `strict`.
+    ResumableError
+        The disk, the memory or the workers did not hold out; `resume` goes on with what is kept.
+    VerificationError
+        What is on the disk is not what was written there.
     """
     options = options or ConvertOptions()
     output = Path(output)

@@ -143,10 +143,12 @@ def _own_array(
         raise LayoutError(f"{path}: /{name} is not one chunk per slice")
     offsets, sizes = _chunk_index(dataset)
     column = f"table/{name.removesuffix('s')}_crc32c"
-    if verify and column not in file:
-        raise ConfigurationError(f"{path} holds no checksums to verify")
-    is_verified = verify is not False and column in file
-    known = dataset_of(file, column)[()] if is_verified else None
+    try:
+        known = None if verify is False else dataset_of(file, column)[()]
+    except KeyError:
+        if verify:
+            raise ConfigurationError(f"{path} holds no checksums to verify") from None
+        known = None
     return Chunks(
         f"/{name}", dataset.shape, dataset.dtype, codec, files, offsets, sizes, crc32c=known
     )

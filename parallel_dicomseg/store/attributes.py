@@ -6,13 +6,14 @@ HDF5 guards its own structures with checksums, but not the heap in which texts o
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from typing import Any
 
 import google_crc32c
 import h5py
 import numpy as np
 
-from parallel_dicomseg.foreign import SCALE_ATTRIBUTES, check_attributes
+from parallel_dicomseg.foreign import SCALE_ATTRIBUTES, check_attributes, object_of
 
 #: Attribute of the root in files of version 2: the checksum of all others of `_CHECKED`.
 CHECKSUM = "attributes_crc32c"
@@ -22,7 +23,11 @@ _CHECKED = ("/", "images", "masks", "table/flags", "table/intensity")
 
 def attributes_crc32c(file: h5py.File) -> int:
     """CRC-32C of the attributes of root, arrays and bit columns, as JSON sorted by name."""
-    said = {name: plain_attributes(file[name]) for name in _CHECKED if name in file}
+    said = {}
+    for name in _CHECKED:
+        with suppress(KeyError):
+            # `in` and `[]` of h5py would follow a link out of the file
+            said[name] = plain_attributes(object_of(file, name, inflated=False))
     said["/"].pop(CHECKSUM, None)
     return int(google_crc32c.value(json.dumps(said, sort_keys=True).encode()))
 
