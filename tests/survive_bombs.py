@@ -22,6 +22,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from survive_mutants import peak_of_this_process
+
 from parallel_dicomseg import convert_cohort, scan_cohort
 from parallel_dicomseg.phantoms import make_rtstruct_series
 from parallel_dicomseg.records import ConvertOptions, ScanOptions
@@ -426,8 +428,8 @@ def run(root: Path, output: Path) -> tuple[float, tuple[tuple[str, str], ...], s
 
 def peak() -> int:
     """The largest resident size so far, of this process and of any that it has waited for."""
-    largest = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, -1)]
-    return 1024 * max(largest)
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return 1024 * max(peak_of_this_process(), of_children)
 
 
 def measure(names: list[str]) -> Iterator[Result]:

@@ -375,8 +375,16 @@ def child(root: Path, output: Path) -> None:
     """Scan and convert each cohort; prints which files are in the output and which are listed."""
     resource.setrlimit(resource.RLIMIT_AS, (MOST_BYTES, MOST_BYTES))
     results = {folder.name: convert(folder, output) for folder in sorted(root.iterdir())}
-    largest = [resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, -1)]
-    print(json.dumps({"rss": max(largest), "cohorts": results}))
+    of_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    print(json.dumps({"rss": max(peak_of_this_process(), of_children), "cohorts": results}))
+
+
+def peak_of_this_process() -> int:
+    """KiB; `getrusage` would also tell what the parent had when it started this program."""
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(status.read_text().partition("VmHWM:")[2].split()[0])
 
 
 def convert(root: Path, output: Path) -> dict[str, Any]:

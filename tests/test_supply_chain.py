@@ -29,8 +29,14 @@ FORBIDDEN_CALLS = frozenset(
 )
 #: Arguments that turn a harmless function into one of these.
 FORBIDDEN_ARGUMENTS = frozenset({"allow_pickle", "shell", "weights_only"})
-#: Nothing: whoever needs one of them writes down here where, and why it is harmless.
-ALLOWED: frozenset[tuple[str, str]] = frozenset()
+#: Whoever needs one of them writes down here where, and why it is harmless.
+ALLOWED = frozenset(
+    {
+        # tasks and results between a run and the worker processes that it started itself, over a
+        # socket that nobody else has; as `multiprocessing` does it. No file comes into it.
+        ("parallel_dicomseg/schedulers/process.py", "pickle"),
+    }
+)
 
 
 # --- what runs -----------------------------------------------------------------------------------
