@@ -57,6 +57,8 @@ IN_MEMORY = 256
 STEPS_MS = (20, 5)
 #: In which a loader gets its memory for the first time, which a training does once.
 WARM_UP_BATCHES = 16
+#: Batches until a loader has got all its memory.
+BATCHES_BEFORE = 8
 #: After which a slow loader has shown how long it lets wait.
 MOST_SECONDS = 1.5
 Batches = Iterator[Any]
@@ -367,8 +369,13 @@ def _times(rates: Sequence[float], peer: Sequence[float] | None) -> float | None
 
 
 def waiting_share(batches: Batches, step: float, steps: int) -> float:
-    """The share of its time, %, that a consumer waits whose step sleeps `step` seconds."""
-    next(batches)
+    """The share of its time, %, that a consumer waits whose step sleeps `step` seconds.
+
+    From the ninth batch on: the first ones wait for memory, once in a training.
+    """
+    for _ in range(BATCHES_BEFORE):
+        next(batches)
+        time.sleep(step)
     waited, start = 0.0, time.perf_counter()
     for _ in range(steps):
         before = time.perf_counter()
