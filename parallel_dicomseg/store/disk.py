@@ -73,7 +73,9 @@ class Disk:
 SYSTEM = Disk()
 
 
-def write_fully(disk: Disk, descriptor: int, buffers: Sequence[bytes | UInt8], offset: int) -> None:
+def write_fully(
+    disk: Disk, descriptor: int, buffers: Sequence[bytes | memoryview | UInt8], offset: int
+) -> None:
     """Write all bytes of all buffers, one after another.
 
     A full disk takes a part of a write without an error, and only the next one fails.

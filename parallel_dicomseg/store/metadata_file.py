@@ -18,8 +18,10 @@ from numpy.typing import NDArray
 from parallel_dicomseg.records import UInt8
 
 _BLOCK = 1 << 16
-# Metadata begins with a signature: a write that is as long as a chunk and begins alike is a chunk.
+# Metadata begins with a signature of four letters, or as the superblock: a write that is as long as
+# a chunk and begins alike is the chunk. One byte tells, but where the chunk begins with such one.
 _HEAD = 16
+_FIRST_OF_METADATA = frozenset(b"BDEFGHOSTV\x89")
 
 
 class MetadataFile:
@@ -29,6 +31,7 @@ class MetadataFile:
         self._position = 0
         self._blocks: dict[int, tuple[UInt8, NDArray[np.bool_]]] = {}
         self._expected = -1
+        self._first = -1
         self._head = b""
         self._noted: list[int] = []
         self._failure: BaseException | None = None
@@ -37,9 +40,10 @@ class MetadataFile:
 
     # --- for the writer --------------------------------------------------------------------------
 
-    def expect(self, chunk: UInt8) -> None:
-        """What is written next with this length and beginning is a chunk."""
-        self._expected, self._head = len(chunk), chunk[:_HEAD].tobytes()
+    def expect(self, chunk: memoryview) -> None:
+        """What is written next with this length and beginning is a chunk, of a byte or more."""
+        self._expected, self._first = len(chunk), chunk[0]
+        self._head = bytes(chunk[:_HEAD]) if self._first in _FIRST_OF_METADATA else b""
 
     def noted(self) -> int:
         """Where the expected chunk lies; -1 where HDF5 wrote none, or more than one like it."""
@@ -102,7 +106,7 @@ class MetadataFile:
         """Of a file object."""
         at, size = self._position, len(piece)
         try:
-            if size == self._expected and bytes(piece[:_HEAD]) == self._head:
+            if size == self._expected and self._is_chunk(piece):
                 self._noted.append(at)
             else:
                 self._keep(at, np.frombuffer(piece, np.uint8))
@@ -119,6 +123,12 @@ class MetadataFile:
 
     def flush(self) -> None:
         """Of a file object."""
+
+    def _is_chunk(self, piece: memoryview) -> bool:
+        """Whether a write of the expected length is the expected chunk."""
+        if piece[0] != self._first:
+            return False
+        return not self._head or bytes(piece[:_HEAD]) == self._head
 
     def _keep(self, at: int, content: UInt8) -> None:
         for number, here, there in self._parts(at, len(content)):

@@ -123,7 +123,7 @@ class Unfinished:
 
     def _replay(self, offsets: Int64, sizes: Int64) -> None:
         """Tell HDF5 of all chunks again; offsets and sizes are (n, 2), sizes 0 where rejected."""
-        anything = np.zeros(max(sizes.max(initial=0), 1), np.uint8)
+        anything = memoryview(bytes(int(sizes.max(initial=0))))
         good = sizes[:, 0] > 0
         pairs = zip(sizes[good].tolist(), offsets[good].tolist(), strict=True)
         for row, (size, offset) in enumerate(pairs):
@@ -166,36 +166,39 @@ class Unfinished:
         """
         self._committer.check()
         good = np.flatnonzero(records["size"][:, 0])
-        ends = np.cumsum(records["size"], axis=0)
-        starts = ends - records["size"]
-        flat = chunk.image_bytes, chunk.mask_bytes
-        buffers: list[UInt8] = []
-        places = records["offset"]
-        bounds = zip(good.tolist(), starts[good].tolist(), ends[good].tolist(), strict=True)
-        for row, (index, start, end) in enumerate(bounds, rows):
+        sizes = records["size"][good]
+        buffers: list[memoryview] = []
+        places = []
+        image_end = mask_end = 0
+        images, masks = (memoryview(flat) for flat in _buffers(chunk))
+        for row, (image_size, mask_size) in enumerate(sizes.tolist(), rows):
+            image_start, image_end = image_end, image_end + image_size
+            mask_start, mask_end = mask_end, mask_end + mask_size
             # a slice's image and mask lie side by side: one read ahead gets both, and the bytes of
             # the file do not depend on how many slices a task has
-            pair = [flat[k][start[k] : end[k]] for k in (0, 1)]
-            places[index] = self._place(row, *pair)
+            pair = images[image_start:image_end], masks[mask_start:mask_end]
+            places.append(self._place(row, *pair))
             buffers += pair
+        offsets = np.array(places, np.int64).reshape(-1, 2)
         with self._content.check():
-            offsets, sizes = (records[name][good].ravel() for name in ("offset", "size"))
-            if len(offsets) and offsets.min() < 0:
+            if offsets.min(initial=0) < 0:
                 raise OSError("HDF5 did not say where a chunk lies")
-        for first, end in _runs(offsets, sizes):
-            piece = buffers[first:end]
-            write_fully(self._disk, self._descriptors[0], piece, int(offsets[first]))
+        records["offset"][good] = offsets
+        starts = offsets.ravel().tolist()
+        for first, end in _runs(offsets.ravel(), sizes.ravel()):
+            write_fully(self._disk, self._descriptors[0], buffers[first:end], starts[first])
         self._append_frame(task_frame(chunk.first, records, problems))
         self._committer.note(chunk.first + len(records))
 
-    def _place(self, row: int, image: UInt8, mask: UInt8) -> tuple[int, int]:
+    def _place(self, row: int, image: memoryview, mask: memoryview) -> tuple[int, int]:
         """Let HDF5 place the chunks of a row; -1 where it did not say."""
-        self._content.expect(image)
+        content = self._content
+        content.expect(image)
         self._images.write_direct_chunk((row, *self._corner), image)
-        image_at = self._content.noted()
-        self._content.expect(mask)
+        image_at = content.noted()
+        content.expect(mask)
         self._masks.write_direct_chunk((row, 0, 0), mask)
-        return image_at, self._content.noted()
+        return image_at, content.noted()
 
     def _append_frame(self, frame: bytes) -> None:
         write_fully(self._disk, self._descriptors[1], [frame], self._frames_end)
@@ -258,6 +261,11 @@ class Unfinished:
         """Remove both files; the journal first, for data without a journal counts for nothing."""
         self._disk.remove(self.journal)
         self._disk.remove(self.data)
+
+
+def _buffers(chunk: EncodedChunk) -> tuple[Any, Any]:
+    """Its encoded images, and its masks; numpy tells type checkers late that these are buffers."""
+    return chunk.image_bytes, chunk.mask_bytes
 
 
 def _runs(offsets: Int64, sizes: Int64) -> Iterator[tuple[int, int]]:
