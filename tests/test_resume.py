@@ -304,7 +304,8 @@ def test_problems_are_found_again_without_a_name_in_the_journal(tmp_path):
     """Problems of finished slices are told by the run that finishes; the journal has no path."""
     table, plan = written.slices(8), written.layout(8)
     images, masks = written.pictures(8)
-    bad = Problem("DOE_folder/1.dcm", Reason.PIXEL_DATA_SHORT, "3 of 9 bytes")
+    words = "3 of 9 bytes, DOE_folder/2.dcm has them; DOE_folder/1.dcm"
+    bad = Problem("DOE_folder/1.dcm", Reason.PIXEL_DATA_SHORT, words)
     good = np.arange(8) != 1
     chunks = [
         written.chunk(

@@ -266,29 +266,51 @@ class Places:
         -------
         The problem, and which of the `count` slices it is about.
         """
-        path = os.fsencode(problem.path)
-        kept = {"reason": problem.reason, "detail": problem.detail, "structure": problem.structure}
-        rows = np.flatnonzero(self.slices.path[first : first + count] == path)
-        if len(rows):
-            return {**kept, "slice": first + int(rows[0])}, rows
-        if self.annotations is not None:
-            bounds = np.searchsorted(self.annotations.slice, (first, first + count))
-            drawn = slice(*bounds.tolist())
-            found = np.flatnonzero(self.annotations.path[drawn] == path)
-            if len(found):
-                rows = self.annotations.slice[drawn][found] - first
-                return {**kept, "annotation": int(bounds[0] + found[0])}, np.unique(rows)
-        return kept, np.arange(count)
+        here = self._names(first, count)
+        detail = problem.detail.replace("\0", "")
+        for path in sorted(here, key=len, reverse=True):
+            detail = detail.replace(path, f"\0{here[path][0]}\0")
+        kept = {
+            "reason": problem.reason,
+            "detail": detail,
+            "structure": problem.structure,
+            "place": "",
+        }
+        if problem.path not in here:
+            return kept, np.arange(count)
+        place, concerned = here[problem.path]
+        return {**kept, "place": place}, np.array(sorted(concerned), np.int64) - first
+
+    def _names(self, first: int, count: int) -> dict[str, tuple[str, set[int]]]:
+        """What the journal calls each file of some slices, and the slices that it is about."""
+        found: dict[str, tuple[str, set[int]]] = {}
+        for row, path in enumerate(self.slices.path[first : first + count].tolist(), first):
+            found.setdefault(os.fsdecode(path), (f"slice {row}", set()))[1].add(row)
+        if self.annotations is None:
+            return found
+        start, end = np.searchsorted(self.annotations.slice, (first, first + count)).tolist()
+        drawn = self.annotations.path[start:end].tolist()
+        rows = self.annotations.slice[start:end].tolist()
+        for index, (path, row) in enumerate(zip(drawn, rows, strict=True), start):
+            found.setdefault(os.fsdecode(path), (f"annotation {index}", set()))[1].add(row)
+        return found
 
     def problem(self, kept: Mapping[str, Any]) -> Problem:
         """The problem that `locate` has made this of."""
-        path = b""
-        if "slice" in kept:
-            path = self.slices.path[kept["slice"]]
-        elif "annotation" in kept and self.annotations is not None:
-            path = self.annotations.path[kept["annotation"]]
-        reason = Reason(kept["reason"])
-        return Problem(os.fsdecode(path), reason, kept["detail"], kept["structure"])
+        # every other part is a place
+        parts = kept["detail"].split("\0")
+        parts[1::2] = map(self._path, parts[1::2])
+        return Problem(
+            self._path(kept["place"]), Reason(kept["reason"]), "".join(parts), kept["structure"]
+        )
+
+    def _path(self, place: str) -> str:
+        kind, _, row = place.partition(" ")
+        if kind == "slice":
+            return os.fsdecode(self.slices.path[int(row)])
+        if kind == "annotation" and self.annotations is not None:
+            return os.fsdecode(self.annotations.path[int(row)])
+        return ""
 
 
 # --- what differs --------------------------------------------------------------------------------
