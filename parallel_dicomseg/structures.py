@@ -226,7 +226,8 @@ def _read_alias(path: str | Path, name: str, names: object) -> tuple[str, ...]:
 
 
 def _clean(name: str) -> str:
-    return " ".join(name.split()) or UNNAMED
+    """One blank between words; NULs, which no text in HDF5 may hold, count as blanks."""
+    return " ".join(name.replace("\0", " ").split()) or UNNAMED
 
 
 def _fold(name: str) -> str:

@@ -1,13 +1,17 @@
 """Names to structures: what is chosen, what meets on the same images, and the table's order."""
 
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from parallel_dicomseg import convert_cohort, scan_cohort
 from parallel_dicomseg.errors import ConfigurationError
+from parallel_dicomseg.phantoms import make_rtstruct_series
 from parallel_dicomseg.records import Annotation, Reason
 from parallel_dicomseg.structures import annotation_table, asked_for, choose, read_aliases
 
@@ -387,3 +391,21 @@ def test_names_that_are_asked_for(wanted, aliases, case_sensitive, expected):
     if expected:
         choice = chosen(named(*names), *wanted, aliases=aliases, case_sensitive=case_sensitive)
         assert {names[k] for k in choice.annotation} == expected
+
+
+def test_a_name_with_a_nul_can_be_written(tmp_path):
+    """A damaged ROI Name (3006,0026) with a NUL in it ends no conversion."""
+    phantom = make_rtstruct_series(tmp_path / "in", shape=(3, 16, 16))
+    (path,) = (p for p in Path(phantom.directory).rglob("*") if is_structure_set(p))
+    dataset = pydicom.dcmread(path)
+    dataset.StructureSetROISequence[0].ROIName = "left\0lung"
+    dataset.save_as(path)
+
+    summary = convert_cohort(scan_cohort(phantom.directory), tmp_path / "x.h5")
+
+    assert "left lung" in summary.structures
+
+
+def is_structure_set(path):
+    """Whether a file is an RTSTRUCT."""
+    return path.is_file() and pydicom.dcmread(path, force=True).get("Modality") == "RTSTRUCT"

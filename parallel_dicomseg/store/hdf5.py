@@ -286,7 +286,8 @@ def _write_attributes(
     for name, value in attributes.items():
         file.attrs[name] = value
     for name, listed in provenance.items():
-        file.attrs[name] = list(listed)
+        # HDF5 ends a text at a NUL, and damaged files spell names with one
+        file.attrs[name] = [text.replace("\0", " ") for text in listed]
 
 
 def _describe_arrays(images: h5py.Dataset, masks: h5py.Dataset, layout: Layout) -> None:
