@@ -31,8 +31,6 @@ import written  # the tests' maker of small files
 from parallel_dicomseg.records import EncodedChunk
 from parallel_dicomseg.store import Hdf5Writer
 from parallel_dicomseg.store import writer as module
-from parallel_dicomseg.store.hdf5 import chunk_index
-from parallel_dicomseg.store.unfinished import file_checksums
 
 SLICES_PER_TASK = 64
 #: Of a 256 x 256 slice with lz4: bytes of images, and of masks.
@@ -161,12 +159,7 @@ def plain(output: Path, tasks: list[EncodedChunk], slices: int) -> None:
 
 def read_back(path: Path, records: Any) -> None:
     """Compare sizes and checksums, and note the places, which the plain side does not know."""
-    with h5py.File(path, "r") as file:
-        index = [chunk_index(file[name].id, len(records)) for name in ("images", "masks")]
-    places = np.stack([np.stack(array, axis=1) for array in index], axis=1)
-    with path.open("rb") as stream:
-        offsets, sizes = places[..., 0].ravel(), places[..., 1].ravel()
-        found = file_checksums(stream.fileno(), offsets, sizes).reshape(-1, 2)
+    places, found = module.read_back(path, len(records))
     if (places[..., 1] != records["size"]).any() or (found != records["crc32c"]).any():
         raise RuntimeError("the plain side is wrong")
     records["offset"] = places[..., 0]

@@ -288,9 +288,9 @@ def convert_cohort(
         found = update.told(identity)
         written = writer.publish((*cohort.problems, *plan.problems))
     if options.zarr:
-        replace_mirror = options.overwrite or options.update or options.resume
+        replaces = _replaces_mirror(options)
         with open_dataset(output) as dataset:
-            mirror_to_zarr(dataset, options.zarr, overwrite=replace_mirror, progress=progress)
+            mirror_to_zarr(dataset, options.zarr, overwrite=replaces, progress=progress)
     return replace(
         written,
         seconds=time.perf_counter() - start,
@@ -395,7 +395,11 @@ def check_output(output: Path, options: ConvertOptions) -> None:
         mirror = Path(options.zarr)
         if mirror.absolute() == output.absolute():
             raise ConfigurationError(f"{mirror} cannot be the output and its mirror")
-        check_mirror(mirror, overwrite=options.overwrite or options.update or options.resume)
+        check_mirror(mirror, overwrite=_replaces_mirror(options))
+
+
+def _replaces_mirror(options: ConvertOptions) -> bool:
+    return options.overwrite or options.update or options.resume
 
 
 def is_whole(output: Path, options: ConvertOptions) -> bool:

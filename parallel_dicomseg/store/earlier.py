@@ -23,6 +23,7 @@ from parallel_dicomseg.store.journal import (
     Records,
     beside,
     chunk_of,
+    read_header,
     read_journal,
 )
 from parallel_dicomseg.store.unfinished import read_chunks
@@ -47,9 +48,9 @@ class Comparison:
 def sources_key(output: Path) -> bytes:
     """The key of the digests that are kept beside an output: what is there, or a new one."""
     for suffix in (JOURNAL_SUFFIX, SOURCES_SUFFIX):
-        journal = read_journal(beside(output, suffix))
-        if journal is not None and journal.header["sources_key"]:
-            return bytes.fromhex(journal.header["sources_key"])
+        header = read_header(beside(output, suffix))
+        if header is not None and header["sources_key"]:
+            return bytes.fromhex(header["sources_key"])
     return secrets.token_bytes(_KEY_BYTES)
 
 

@@ -202,17 +202,33 @@ def read_journal(path: Path) -> Journal | None:
     try:
         with path.open("rb") as stream:
             frames = _frames(stream.fileno())
-            kind, payload, header_end = next(frames, (b"", b"", 0))
-            if kind != _PLAN:
+            first = _first(frames)
+            if first is None:
                 return None
-            header = json.loads(payload)
-            if header.get("version") != JOURNAL_VERSION:
-                return None
+            header, header_end = first
             dtype = record_type(int(header["structures"]), int(header["pairs"]))
-            tasks = tuple(_tasks(frames, dtype))
+            return Journal(path, header, header_end, tuple(_tasks(frames, dtype)))
     except FileNotFoundError:
         return None
-    return Journal(path, header, header_end, tasks)
+
+
+def read_header(path: Path) -> dict[str, Any] | None:
+    """What a journal says of its plan, without its tasks; None as for `read_journal`."""
+    try:
+        with path.open("rb") as stream:
+            first = _first(_frames(stream.fileno()))
+    except FileNotFoundError:
+        return None
+    return first[0] if first else None
+
+
+def _first(frames: Iterator[tuple[bytes, bytes, int]]) -> tuple[dict[str, Any], int] | None:
+    """The header, and where it ends; None where the first frame is none of this version's."""
+    kind, payload, end = next(frames, (b"", b"", 0))
+    if kind != _PLAN:
+        return None
+    header: dict[str, Any] = json.loads(payload)
+    return (header, end) if header.get("version") == JOURNAL_VERSION else None
 
 
 def _frames(descriptor: int) -> Iterator[tuple[bytes, bytes, int]]:

@@ -58,6 +58,7 @@ from parallel_dicomseg.store.journal import (
     differences,
     layout_type,
     measured_of,
+    read_header,
     read_journal,
     records_of,
 )
@@ -415,23 +416,31 @@ class Hdf5Writer:
 
 def settle(output: Path, disk: Disk = SYSTEM) -> None:
     """Put away the journal of an output that was finished, if that is still to be done."""
-    journal = read_journal(beside(output, JOURNAL_SUFFIX))
-    if journal is None or journal.data.exists():
+    path = beside(output, JOURNAL_SUFFIX)
+    header = read_header(path)
+    if header is None or path.with_name(header["data"]).exists():
         return
-    if journal.header["sources_key"] and output.exists():
-        disk.replace(journal.path, beside(output, SOURCES_SUFFIX))
+    if header["sources_key"] and output.exists():
+        disk.replace(path, beside(output, SOURCES_SUFFIX))
     else:
-        disk.remove(journal.path)
+        disk.remove(path)
+
+
+def read_back(path: Path, rows: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:
+    """Where the chunks of a finished file lie, (rows, 2 arrays, offset and size), and the checksums
+    of what lies there, (rows, 2).
+    """
+    with h5py.File(path, "r") as file:
+        index = [chunk_index(file[name].id, rows) for name in ("images", "masks")]
+    places = np.stack([np.stack(array, axis=1) for array in index], axis=1)
+    with path.open("rb") as stream:
+        offsets, sizes = places[..., 0].ravel(), places[..., 1].ravel()
+        return places, file_checksums(stream.fileno(), offsets, sizes).reshape(-1, 2)
 
 
 def _compare(path: Path, records: Records) -> None:
     """Read every chunk back from the finished file and compare it with what the workers made."""
-    with h5py.File(path, "r") as file:
-        index = [chunk_index(file[name].id, len(records)) for name in ("images", "masks")]
-    places = np.stack([np.stack(array, axis=1) for array in index], axis=1)
-    with path.open("rb") as stream:
-        offsets, sizes = places[..., 0].ravel(), places[..., 1].ravel()
-        found = file_checksums(stream.fileno(), offsets, sizes).reshape(-1, 2)
+    places, found = read_back(path, len(records))
     wrong = np.argwhere(
         (places[..., 0] != records["offset"])
         | (places[..., 1] != records["size"])
