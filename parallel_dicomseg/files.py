@@ -47,3 +47,12 @@ def _check(status: os.stat_result, most: int) -> None:
         raise OSError(errno.EINVAL, "not a regular file")
     if status.st_size > most:
         raise OSError(errno.EFBIG, f"{status.st_size} bytes, limit {most}")
+
+
+def read_fully(descriptor: int, size: int, offset: int) -> bytes:
+    """`size` bytes of an open file, or what there is; a single read may give fewer."""
+    pieces: list[bytes] = []
+    while size > 0 and (piece := os.pread(descriptor, size, offset)):
+        pieces.append(piece)
+        offset, size = offset + len(piece), size - len(piece)
+    return b"".join(pieces)

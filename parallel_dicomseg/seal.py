@@ -18,6 +18,7 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
+from parallel_dicomseg.files import read_fully
 from parallel_dicomseg.records import Int64
 
 #: One extent: how long it is, the CRC-32C of its bytes, whose it is (a place in the names), and
@@ -85,7 +86,7 @@ def read_seal(descriptor: int) -> Seal | None:
     end = size - _FOOTER_BYTES - name_bytes - count * EXTENT.itemsize
     if end < 0:
         raise ValueError("the seal at its end is longer than the file")
-    body = _read(descriptor, end, size - end)
+    body = read_fully(descriptor, size - end, end)
     checksum = struct.unpack_from("<I", body, len(body) - len(_MAGIC) - 4)[0]
     if google_crc32c.value(body[: -len(_MAGIC) - 4]) != checksum:
         raise ValueError("the seal at its end is damaged")
@@ -135,16 +136,7 @@ def _checksum(descriptor: int, seal: Seal, place: int) -> int:
 
 def checksum_at(descriptor: int, offset: int, size: int) -> int:
     """CRC-32C of a piece of an open file."""
-    return int(google_crc32c.value(_read(descriptor, offset, size)))
-
-
-def _read(descriptor: int, offset: int, size: int) -> bytes:
-    """`size` bytes, or what there is; a single read may give fewer."""
-    pieces: list[bytes] = []
-    while size > 0 and (piece := os.pread(descriptor, size, offset)):
-        pieces.append(piece)
-        offset, size = offset + len(piece), size - len(piece)
-    return b"".join(pieces)
+    return int(google_crc32c.value(read_fully(descriptor, size, offset)))
 
 
 def covering(end: int, offsets: Int64, extents: NDArray[Any], structure: int) -> NDArray[Any]:

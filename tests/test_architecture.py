@@ -24,8 +24,8 @@ PACKAGE = CHECKOUT / "parallel_dicomseg"
 LEVELS = (
     {"errors", "records"},
     {"jit"},
-    {"posix", "compressors", "chunks", "private", "seal", "foreign", "files", "limits"},
-    {"geometry", "rasterize", "codec", "text", "checks", "resample", "deidentify"},
+    {"posix", "compressors", "chunks", "private", "foreign", "files", "limits"},
+    {"seal", "geometry", "rasterize", "codec", "text", "checks", "resample", "deidentify"},
     {"overlap"},
     {"dicom"},
     {"volumes"},

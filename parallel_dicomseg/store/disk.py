@@ -94,13 +94,3 @@ def write_fully(
             at += 1
         if written:
             left[at] = left[at][written:]
-
-
-def read_fully(descriptor: int, size: int, offset: int) -> bytes:
-    """Bytes of a file, fewer where it ends."""
-    pieces = []
-    while size > 0 and (piece := os.pread(descriptor, size, offset)):
-        pieces.append(piece)
-        offset += len(piece)
-        size -= len(piece)
-    return b"".join(pieces)

@@ -21,8 +21,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from parallel_dicomseg.codec import checksums_of_file
+from parallel_dicomseg.files import read_fully
 from parallel_dicomseg.records import EncodedChunk, Int64, Layout, UInt8
-from parallel_dicomseg.store.disk import Disk, read_fully, write_fully
+from parallel_dicomseg.store.disk import Disk, write_fully
 from parallel_dicomseg.store.hdf5 import create
 from parallel_dicomseg.store.journal import (
     Journal,
